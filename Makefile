@@ -1,0 +1,57 @@
+# make test and make demo need Python >= 3.10 and nothing else: they build .venv first, and only once.
+# make gpu uses neither network nor .venv: PYTHON must already have torch, triton and pytest.
+
+PYTHON ?= python3
+TORCH := torch==2.13.0
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+RESULTS := benchmarks/results
+
+.PHONY: help test demo bench lint gpu clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make test    the tests, on the CPU"
+	@echo "make demo    train a small network and quantize it: python -m compsrt.train"
+	@echo "make bench   the benchmarks; JSON goes to $(RESULTS)/"
+	@echo "make lint    ruff and pyright"
+	@echo "make gpu     tests and benchmarks that need CUDA, with PYTHON's own packages"
+	@echo "make clean   remove .venv, caches and build output"
+
+# The stamp is written last: a build that failed half-way is taken up again by the next make.
+.venv/.installed: pyproject.toml constraints.txt
+	@rm -f $@
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	$(PIP) $(TORCH)
+	$(PIP) -e ".[test,demo]"
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	@rm -f $@
+	$(PIP) -e ".[dev]"
+	@touch $@
+
+# One thread a worker: two workers with a pool of threads each would fight over the same cores.
+test: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests
+
+demo: .venv/.installed
+	$(BIN)/python -m compsrt.train
+
+bench: .venv/.installed
+	@mkdir -p $(RESULTS)
+	$(BIN)/python -m pytest benchmarks --benchmark-only \
+		--benchmark-json=$(RESULTS)/$$(date -u +%Y%m%dT%H%M%SZ).json
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests
+	PYTHONPATH=. $(PYTHON) -m pytest benchmarks
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find compsrt tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

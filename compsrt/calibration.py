@@ -1,0 +1,139 @@
+"""First bounds of every quantizer from one float forward pass over a calibration set."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import kernels
+from .pruning import prune
+from .quantization import (
+    METHODS,
+    Quantizer,
+    QuantSpec,
+    WeightQuantizer,
+    named_quantizers,
+    swap_blocks,
+)
+
+CALIBRATIONS = ("minmax", "percentile", "dobi")
+
+
+def search_bounds(
+    x: Tensor,
+    bits: int,
+    *,
+    method: str = "dobi",
+    one_sided: bool | None = False,
+    candidates: int = 100,
+    percentile: float = 99.9,
+    per_row: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Bounds (lower, upper) to quantize x with.
+
+    x: any shape with at least one element. method: "minmax", "percentile" (the given percentile
+    and its mirror), or "dobi" (`kernels.search_bounds`: least squared error; one_sided None tries
+    both kinds of range). Returns scalars, or with per_row two tensors (R, 1) for x of shape
+    (R, ...). Raises ValueError for an empty or non-finite x and unknown methods.
+    """
+    if method not in CALIBRATIONS:
+        raise ValueError(f"method: {method!r} is unknown; one of {', '.join(CALIBRATIONS)}")
+    if x.numel() == 0:
+        raise ValueError("x: it has no elements to search bounds on")
+    rows = x.detach().flatten(1) if per_row else x.detach().reshape(1, -1)
+    if method == "dobi":
+        lower, upper, _ = kernels.search_bounds(
+            rows, bits, one_sided=one_sided, candidates=candidates
+        )
+    elif method == "minmax":
+        lower, upper = rows.aminmax(dim=1)
+    else:
+        ordered = rows.sort(dim=1).values
+        last = rows.shape[1] - 1
+        skip = min(round(last * (1 - percentile / 100)), last // 2)
+        lower, upper = ordered[:, skip], ordered[:, last - skip]
+    if not torch.isfinite(lower + upper).all():
+        raise ValueError("x: it holds NaN or infinite values")
+    shape = (-1, 1) if per_row else ()
+    return lower.reshape(shape), upper.reshape(shape)
+
+
+class _Observer:
+    """Sets the bounds of every quantizer that it is shown an input of."""
+
+    def __init__(self, spec: QuantSpec):
+        self.spec = spec
+        self.method = METHODS[spec.method].calibration
+        self.last: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+
+    def __call__(self, quantizer: Quantizer, x: Tensor) -> None:
+        # q, k and v quantize one tensor with one rule: search it once.
+        if self.last is not None and self.last[0] is x:
+            quantizer.set_bounds(*self.last[1])
+            return
+        searched = quantizer.searched(x)
+        per_row = quantizer.lower.dim() > 0
+        if isinstance(quantizer, WeightQuantizer) and quantizer.mask is not None:
+            if per_row:
+                kept = quantizer.mask
+                # A pruned weight is no level of its row: replace it by one that is kept.
+                some = searched.gather(1, kept.int().argmax(1, keepdim=True))
+                searched = torch.where(kept, searched, some)
+            else:
+                searched = searched[: len(quantizer.mask)][quantizer.mask]
+        one_sided = None if self.spec.one_sided == "auto" and _looks_one_sided(searched) else False
+        try:
+            lower, upper = search_bounds(
+                searched,
+                quantizer.bits,
+                method=self.method,
+                one_sided=one_sided,
+                percentile=self.spec.percentile,
+                per_row=per_row,
+            )
+        except ValueError as error:
+            raise ValueError(f"calibration of {quantizer.site}: {error}") from None
+        # A bound exactly on a value that occurs often (the first coefficient of every softmax row
+        # is 1/sqrt(N)) would leave it to rounding noise which of them are clipped.
+        margin = 1e-6 * (upper - lower)
+        bounds = lower - margin, upper + margin
+        quantizer.set_bounds(*bounds)
+        self.last = x, bounds
+
+
+def _looks_one_sided(x: Tensor) -> bool:
+    """Whether nearly all of the range lies on one side of zero (softmax, GELU)."""
+    least, greatest = (float(v) for v in x.aminmax())
+    return least > -0.25 * greatest
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, pictures: Tensor) -> None:
+    """Set the bounds of all quantizers of a quantized model, by its method's rule.
+
+    pictures: (B, 3, H, W) in [0, 1]. One forward pass shows every site the input it has in the
+    float network; the whole set counts as one tensor. alpha and beta start at 0.
+    """
+    observer = _Observer(model.spec)
+    sites = [quantizer for _, quantizer in named_quantizers(model)]
+    try:
+        for quantizer in sites:
+            quantizer.observer = observer
+        model(pictures)
+    finally:
+        for quantizer in sites:
+            quantizer.observer = None
+
+
+def quantize(model: nn.Module, spec: QuantSpec, pictures: Tensor | None = None) -> nn.Module:
+    """A quantized copy of a float model: blocks swapped, pruned, and calibrated on `pictures`.
+
+    pictures: (B, 3, H, W) in [0, 1], the calibration set; without it, call `calibrate` before use
+    (until then every output is NaN). The public name of this is `compsrt.quantize`.
+    """
+    quantized = swap_blocks(model, spec)
+    if spec.pruning:
+        prune(quantized, spec.pruning, spec.pruning_pattern)
+    if pictures is not None:
+        calibrate(quantized, pictures)
+    return quantized

@@ -1,0 +1,148 @@
+"""``python -m compsrt.evaluate``: models side by side on test sets, by one protocol.
+
+PSNR and SSIM as in ``metrics``, the mean over the pictures of a set. Beside quality stands what it
+costs: bytes of the file, bits a weight, and the number of distinct levels that the quantized
+tensors really have. Under torchrun the pictures are shared out among the processes, and the
+figures are those of one process (that has as many threads).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compsrt.cli import ArgumentParser, run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compsrt.distributed import Ranks
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
+    options = _parse(argv)
+    from compsrt import distributed
+
+    ranks = distributed.setup(options.device)
+    try:
+        return _evaluate(options, ranks)
+    finally:
+        ranks.close()
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(
+        "compsrt.evaluate",
+        description="Score models on test sets: PSNR and SSIM on luma, file size, bits per weight,"
+        " distinct levels, and time. One row a model, in a table; the last line is the same as"
+        " JSON.\n\nShared among processes:\n\n"
+        "  torchrun --nproc-per-node 2 -m compsrt.evaluate ...",
+    )
+    what = parser.add_argument_group("what to score")
+    what.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help="packed or float files, all of one scale; none scores the bicubic enlargement alone",
+    )
+    what.add_argument(
+        "--test",
+        action="append",
+        required=True,
+        metavar="DIR",
+        help="a folder of test pictures, HR with LR beside it or HR alone (LR is made then);"
+        " may be given several times",
+    )
+    what.add_argument("--scale", type=int, help="only needed without a model")
+    what.add_argument(
+        "--bicubic",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="begin with a row for bicubic enlargement",
+    )
+    output = parser.add_argument_group("what to keep")
+    output.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="write evaluate.csv and evaluate.json, with the values of every picture",
+    )
+    output.add_argument(
+        "--save-images",
+        action="store_true",
+        help="write the enlarged pictures too, as DIR/MODEL/TEST/NAME.png",
+    )
+    machine = parser.add_argument_group("where")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    options = parser.parse_args(argv)
+    if options.save_images and options.output is None:
+        parser.error("--save-images needs --output, the folder to write them to")
+    if not options.models and not options.bicubic:
+        parser.error("--no-bicubic leaves nothing to score without a MODEL")
+    return options
+
+
+def _evaluate(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
+    from compsrt import checkpoint, data, scoring
+
+    # What is wrong with the arguments is found before the first picture is enlarged.
+    names = _short_names(options.models)
+    models = [checkpoint.load(path, ranks.device) for path in options.models]
+    scale = _scale(options.scale, dict(zip(options.models, models, strict=True)))
+    sets = {
+        name: data.find_pairs(folder, scale)
+        for name, folder in zip(_short_names(options.test), options.test, strict=True)
+    }
+    output: Path | None = options.output
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+    candidates: list[tuple[str, str | None, nn.Module | None]] = [("bicubic", None, None)]
+    candidates = candidates * options.bicubic
+    candidates += zip(names, options.models, models, strict=True)
+    rows: list[dict[str, Any]] = []
+    pictures: list[dict[str, Any]] = []
+    for name, path, model in candidates:
+        save = output / name if output and options.save_images else None
+        row, scores = scoring.score(name, model, sets, scale, path=path, ranks=ranks, save=save)
+        rows.append(row)
+        pictures += scores
+    if not ranks.is_main:
+        return None
+    print(scoring.table(rows))
+    report = {"scale": scale, "device": str(ranks.device), "rows": rows}
+    if output is not None:
+        scoring.write(output, "evaluate", report, pictures)
+    return report
+
+
+def _short_names(paths: Sequence[str]) -> list[str]:
+    """What the table calls files and folders: as few of their last parts as tell them apart."""
+    parts = [Path(os.path.abspath(path)).parts[1:] for path in paths]
+    for count in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(part[-count:]).removesuffix(".safetensors") for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    if parts:
+        raise ValueError(f"{', '.join(paths)}: the same one twice")
+    return []
+
+
+def _scale(asked: int | None, models: dict[str, Any]) -> int:
+    """The one scale of all models and of --scale."""
+    scales = {path: int(model.scale) for path, model in models.items()}
+    if asked is not None:
+        scales = {"--scale": asked, **scales}
+    if not scales:
+        raise ValueError("--scale is needed where there is no model to tell it")
+    (first, scale), *others = scales.items()
+    for path, other in others:
+        if other != scale:
+            raise ValueError(f"{path} is x{other} but {first} is x{scale}: score them apart")
+    return scale
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,48 @@
+"""Tensors in, tensors out: the ops that compression needs, importable on their own.
+
+A name is looked up when it is first used (PEP 562): importing this package, or only its
+`reference`, loads no Triton. Which implementation then runs is decided in `dispatch`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bounds import search_bounds
+    from .fake_quant import fake_quantize
+    from .hadamard import hadamard_transform
+    from .hadamard_fake_quant import hadamard_fake_quantize
+    from .reference import Grid, dequantize, quant_matmul, quantize_codes, step_and_zero
+
+__all__ = [
+    "Grid",
+    "dequantize",
+    "fake_quantize",
+    "hadamard_fake_quantize",
+    "hadamard_transform",
+    "quant_matmul",
+    "quantize_codes",
+    "search_bounds",
+    "step_and_zero",
+]
+
+_FILES = {  # of the ops that have a kernel; all else is in reference.py
+    "fake_quantize": "fake_quant",
+    "hadamard_fake_quantize": "hadamard_fake_quant",
+    "hadamard_transform": "hadamard",
+    "search_bounds": "bounds",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_FILES.get(name, 'reference')}", __name__)
+    globals()[name] = value = getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

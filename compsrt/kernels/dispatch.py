@@ -1,0 +1,81 @@
+"""Which implementation of an op runs: the reference in plain PyTorch, or a Triton kernel.
+
+`COMPSRT_KERNELS` decides, read at every call (under torch.compile once, when the call is traced):
+
+    auto        the default: Triton for CUDA tensors in float32, float16 and bfloat16, the
+                reference for all others and wherever Triton is missing (macOS, Windows)
+    reference   always the reference
+    triton      always Triton; for CPU tensors this needs its interpreter, TRITON_INTERPRET=1
+                in the environment before Triton is imported
+
+Every op file takes `triton` and `tl` from here, so that it can be read where Triton is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHOICES = ("reference", "triton", "auto")
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class _Missing:
+    """Stands in for a module that is not there: jit and constexpr leave their argument alone."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda argument: argument
+
+
+triton: Any  # its own types know nothing of launch options and loops over tl.range
+tl: Any
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = _Missing()
+    INSTALLED = INTERPRETED = False
+else:
+    INSTALLED, INTERPRETED = True, bool(triton.knobs.runtime.interpret)
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether an op on x runs its Triton kernel.
+
+    Raises ValueError for an unknown COMPSRT_KERNELS, and for "triton" where x cannot have it.
+    """
+    choice = os.environ.get("COMPSRT_KERNELS") or "auto"
+    if choice == "reference":
+        return False
+    if choice == "auto":
+        return x.is_cuda and INSTALLED and x.dtype in TYPES
+    if choice != "triton":
+        raise ValueError(f"COMPSRT_KERNELS: {choice!r} is unknown; one of {', '.join(CHOICES)}")
+    if not INSTALLED:
+        raise ValueError("COMPSRT_KERNELS: triton is not installed here; use auto or reference")
+    if x.dtype not in TYPES:
+        raise ValueError(f"x: no kernel for {x.dtype}; use float32, or COMPSRT_KERNELS=reference")
+    if not x.is_cuda and not (INTERPRETED and x.device.type == "cpu"):
+        raise ValueError(
+            f"COMPSRT_KERNELS: triton does not run on {x.device}; use auto, a CUDA device, or,"
+            " for tests on a CPU, TRITON_INTERPRET=1"
+        )
+    return True
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Makes x's device the current one: Triton launches on that, wherever its arguments are."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@functools.lru_cache(maxsize=32)
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device. Two on a CPU: enough for the interpreter to meet every case."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,138 @@
+"""Tile functions that several kernels share: arithmetic on what a program holds in registers.
+
+They work on float32; half types are widened before and narrowed after (bf16 arithmetic with
+literals fails in the interpreter, and its sums would be useless anyway). The quantizer and its
+three sums are those of `reference.py`, where they are explained.
+"""
+
+# pyright: reportInvalidTypeForm=false
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from . import dispatch
+from .dispatch import tl, triton
+
+INTERPRETED = tl.constexpr(dispatch.INTERPRETED)
+# Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 to an integer, half to even.
+# (There is no rint that both the compiler and the interpreter know.)
+ROUNDER = tl.constexpr(1.5 * 2**23)
+LARGEST = tl.constexpr(2.0**22)
+# float32 operands as three bf16 each and the six largest of their products: as exact as float32,
+# on tensor cores, on NVIDIA and AMD alike. "ieee" would be 64 multiply-adds an element for a
+# width of 64, more than there is time for while the element comes from memory.
+FLOAT32_PRODUCT = tl.constexpr("bf16x6")
+
+
+# --- Products ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def dot(a, b, total):
+    """total + a b in float32. a: (M, K), b: (K, N), both of one type; total: (M, N)."""
+    if INTERPRETED:  # its product of bf16 tiles is wrong
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+    return tl.dot(a, b, total, input_precision=FLOAT32_PRODUCT)
+
+
+# --- Fake quantization ---------------------------------------------------------------------------
+
+
+class Quantizer(NamedTuple):
+    """What one quantizer's four scalars come to; each a scalar in a register."""
+
+    scale: Any
+    inverse: Any  # 1/scale
+    zero: Any
+    low: Any  # w = (v - zero)/scale is clamped to [low, high]
+    high: Any
+    low_saturated: Any  # whether what is below is outside the codes, not only outside the bounds
+    high_saturated: Any
+
+
+@triton.jit
+def load_quantizer(scalars, row, BITS: tl.constexpr, CLAMPED: tl.constexpr):
+    """The Quantizer of a row. scalars: pointers to lower, upper, alpha, beta, each (rows,)."""
+    lower = tl.load(scalars[0] + row).to(tl.float32)
+    upper = tl.load(scalars[1] + row).to(tl.float32)
+    LEVELS: tl.constexpr = 2**BITS - 1
+    scale = tl.div_rn(upper - lower, LEVELS * 1.0) + tl.load(scalars[2] + row).to(tl.float32)
+    zero = lower + tl.load(scalars[3] + row).to(tl.float32)
+    inverse = tl.div_rn(1.0, scale)
+    low = divide(lower - zero, scale, inverse)
+    high = divide(upper - zero, scale, inverse)
+    # The first and last value that round to a code; the float32 before LEVELS + 0.5 is last.
+    # "unclamped" ends where a float32 has no halves left to round.
+    FIRST: tl.constexpr = -0.5 if CLAMPED else -LARGEST
+    LAST: tl.constexpr = LEVELS + 0.5 - (LEVELS + 1) * 2.0**-24 if CLAMPED else LARGEST
+    return Quantizer(
+        scale,
+        inverse,
+        zero,
+        clamp(low, FIRST, LAST),
+        clamp(high, FIRST, LAST),
+        (low < FIRST) | (low > LAST),
+        (high < FIRST) | (high > LAST),
+    )
+
+
+@triton.jit
+def divide(a, b, inverse):
+    """a / b as a true division rounds it, from inverse = 1/b, without the cost of one.
+
+    The residual of the first quotient is exact in a fused multiply-add; a quotient of 2^24 and
+    above, infinity among them, is good enough as it is. The interpreter does not fuse.
+    """
+    if INTERPRETED:
+        return tl.div_rn(a, b)
+    quotient = a * inverse
+    better = tl.fma(tl.fma(-quotient, b, a), inverse, quotient)
+    return tl.where(tl.abs(quotient) < 16777216.0, better, quotient)
+
+
+@triton.jit
+def clamp(x, low, high):
+    """x limited to [low, high]; NaN stays NaN."""
+    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def round_half_even(x):
+    """x rounded to an integer, for |x| up to 2^22."""
+    return (x + ROUNDER) - ROUNDER
+
+
+@triton.jit
+def fake_quantize(v, q):
+    """v_hat of a tile v in float32 under a Quantizer q."""
+    w = clamp(divide(v - q.zero, q.scale, q.inverse), q.low, q.high)
+    return round_half_even(w) * q.scale + q.zero
+
+
+@triton.jit
+def fake_quantize_backward(g, v, q):
+    """The gradient of v, and what the three sums add: for the scale, the low and the high side."""
+    w = divide(v - q.zero, q.scale, q.inverse)
+    clamped = clamp(w, q.low, q.high)
+    below = tl.where(q.low_saturated, w < q.low, w <= q.low)
+    above = tl.where(q.high_saturated, w > q.high, w >= q.high)
+    return (
+        tl.where(clamped == w, g, 0.0),
+        g * (round_half_even(clamped) - clamped),
+        tl.where(below, g, 0.0),
+        tl.where(above, g, 0.0),
+    )
+
+
+@triton.jit
+def scalar_gradients(for_scale, for_low, for_high, q, BITS: tl.constexpr):
+    """Gradients of lower, upper, alpha and beta from the three sums."""
+    saturated_low = tl.where(q.low_saturated, for_low, 0.0)
+    saturated_high = tl.where(q.high_saturated, for_high, 0.0)
+    d_scale = for_scale + q.low * saturated_low + q.high * saturated_high
+    d_zero = saturated_low + saturated_high
+    share = d_scale / (2**BITS - 1)
+    d_lower = for_low - saturated_low - share + d_zero
+    d_upper = for_high - saturated_high + share
+    return d_lower, d_upper, d_scale, d_zero

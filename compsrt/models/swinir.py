@@ -1,0 +1,403 @@
+"""SwinIR (Liang et al., ICCV Workshops 2021): a float network of shifted-window transformer blocks.
+
+Parameter names are the official ones, so official state dicts load as they are; every
+hyper-parameter is read off the shapes of a state dict (`read_config`). Inside, tokens stay in one
+(B, H, W, C) grid, which is a picture in channels-last order: convolutions see it through a
+`permute` without a copy. Shift masks and position indices depend only on sizes and are computed
+when they are needed, so a picture of any height and width passes; sides that are no multiple of
+the window are padded by reflection (the edge row repeated) and the output is cropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+UPSAMPLERS = ("pixelshuffledirect", "pixelshuffle")
+MEAN_RGB = (0.4488, 0.4371, 0.4040)  # of DIV2K, subtracted before and added after
+
+
+@dataclasses.dataclass(frozen=True)
+class SwinIRConfig:
+    """Hyper-parameters of a SwinIR; the defaults are SwinIR-light x4."""
+
+    scale: int = 4
+    depths: tuple[int, ...] = (6, 6, 6, 6)
+    embed_dim: int = 60
+    num_heads: tuple[int, ...] = (6, 6, 6, 6)
+    window_size: int = 8
+    mlp_hidden: tuple[int, ...] = (120, 120, 120, 120)
+    upsampler: str = "pixelshuffledirect"
+    resi_connection: str = "1conv"
+    in_channels: int = 3
+    upsample_channels: int = 64
+    qkv_bias: bool = True
+    patch_norm: bool = True
+
+    def __post_init__(self):
+        if not len(self.depths) == len(self.num_heads) == len(self.mlp_hidden) >= 1:
+            raise ValueError(
+                f"depths {self.depths}, num_heads {self.num_heads} and mlp_hidden"
+                f" {self.mlp_hidden} must have one entry a layer"
+            )
+        for heads in self.num_heads:
+            if heads < 1 or self.embed_dim % heads:
+                raise ValueError(f"embed_dim: {self.embed_dim} is not divisible by {heads} heads")
+        if self.upsampler not in UPSAMPLERS:
+            raise ValueError(
+                f"upsampler: {self.upsampler!r} is not supported; one of {', '.join(UPSAMPLERS)}"
+            )
+        if self.scale not in (1, 2, 3, 4, 8):
+            raise ValueError(f"scale: {self.scale} is not one of 2, 3, 4, 8")
+
+
+# --- Windows ---------------------------------------------------------------------------------------
+
+
+def to_windows(x: Tensor, window: int, shift: int) -> Tensor:
+    """(B, H, W, C) -> (B * windows, window * window, C), after a cyclic shift up and left."""
+    if shift:
+        x = x.roll((-shift, -shift), dims=(1, 2))
+    b, h, w, c = x.shape
+    x = x.view(b, h // window, window, w // window, window, c).transpose(2, 3)
+    return x.reshape(-1, window * window, c)
+
+
+def from_windows(x: Tensor, height: int, width: int, window: int, shift: int) -> Tensor:
+    """The inverse of `to_windows`: (B * windows, window * window, C) -> (B, H, W, C)."""
+    c = x.shape[-1]
+    x = x.view(-1, height // window, width // window, window, window, c).transpose(2, 3)
+    x = x.reshape(-1, height, width, c)
+    return x.roll((shift, shift), dims=(1, 2)) if shift else x
+
+
+@functools.lru_cache(maxsize=16)
+def relative_position_index(window: int, device: torch.device) -> Tensor:
+    """(N, N) row of the bias table for each pair of the N = window^2 tokens of a window."""
+    position = torch.arange(window, device=device)
+    y, x = (axis.flatten() for axis in torch.meshgrid(position, position, indexing="ij"))
+    dy = y[:, None] - y[None, :] + window - 1
+    dx = x[:, None] - x[None, :] + window - 1
+    return dy * (2 * window - 1) + dx
+
+
+def relative_bias(table: Tensor, window: int) -> Tensor:
+    """(heads, N, N) from the bias table ((2 window - 1)^2, heads)."""
+    index = relative_position_index(window, table.device)
+    return table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1)
+
+
+@functools.lru_cache(maxsize=16)
+def shift_mask(
+    height: int, width: int, window: int, shift: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """(windows, N, N): 0 where two tokens of a shifted window are neighbours in the picture, else -100.
+
+    The cyclic shift brings up to four regions of the picture into one window.
+    """
+
+    def region(size: int) -> Tensor:
+        i = torch.arange(size, device=device)
+        return (i >= size - window).int() + (i >= size - shift).int()
+
+    regions = (3 * region(height)[:, None] + region(width)[None, :])[None, :, :, None]
+    regions = to_windows(regions, window, 0)[..., 0]
+    other = regions[:, None, :] != regions[:, :, None]
+    return torch.zeros(other.shape, device=device, dtype=dtype).masked_fill_(other, -100.0)
+
+
+def add_bias(scores: Tensor, table: Tensor, size: tuple[int, int, int, int]) -> Tensor:
+    """scores (B, windows, heads, N, N) plus the relative bias and the shift mask, in place.
+
+    table: ((2 window - 1)^2, heads); size: height, width, window, shift of the token grid.
+    """
+    scores = scores.add_(relative_bias(table, size[2]))
+    if size[3]:
+        scores = scores.add_(shift_mask(*size, scores.device, scores.dtype)[:, None])
+    return scores
+
+
+def mirror_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Continue (B, C, H, W) below and to the right by its mirror image (the edge repeated)."""
+    for dim in (2, 3):
+        size = x.shape[dim]
+        padded = -(-size // multiple) * multiple
+        if padded != size:
+            i = torch.arange(padded, device=x.device) % (2 * size)
+            x = x.index_select(dim, torch.where(i < size, i, 2 * size - 1 - i))
+    return x
+
+
+# --- Modules ---------------------------------------------------------------------------------------
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention inside windows, with a learned bias for each relative position."""
+
+    def __init__(self, dim: int, heads: int, window: int, qkv_bias: bool = True):
+        super().__init__()
+        self.heads, self.window = heads, window
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def forward(self, x: Tensor, size: tuple[int, int, int, int]) -> Tensor:
+        """x: (B * windows, N, C); size: height, width, window, shift. Returns x's shape."""
+        b, n, c = x.shape
+        windows = size[0] // self.window * (size[1] // self.window)
+        shape = -1, windows, n, 3, self.heads, c // self.heads
+        q, k, v = self.qkv(x).view(shape).permute(3, 0, 1, 4, 2, 5)
+        scores = (q * (c // self.heads) ** -0.5) @ k.mT
+        scores = add_bias(scores, self.relative_position_bias_table, size)
+        return self.proj((scores.softmax(-1) @ v).transpose(2, 3).reshape(b, n, c))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwinBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), on a token grid (B, H, W, C)."""
+
+    def __init__(self, dim: int, heads: int, window: int, shift: int, hidden: int, qkv_bias=True):
+        super().__init__()
+        self.window, self.shift = window, shift
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, heads, window, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, height, width, _ = x.shape
+        size = height, width, self.window, self.shift
+        windows = to_windows(self.norm1(x), self.window, self.shift)
+        x = x + from_windows(self.attn(windows, size), *size)
+        return x + self.mlp(self.norm2(x))
+
+
+def _conv(cin: int, cout: int, kernel: int = 3) -> nn.Conv2d:
+    return nn.Conv2d(cin, cout, kernel, padding=kernel // 2)
+
+
+def _residual_conv(dim: int, kind: str) -> nn.Module:
+    if kind == "1conv":
+        return _conv(dim, dim)
+    return nn.Sequential(
+        _conv(dim, dim // 4),
+        nn.LeakyReLU(0.2, inplace=True),
+        _conv(dim // 4, dim // 4, 1),
+        nn.LeakyReLU(0.2, inplace=True),
+        _conv(dim // 4, dim),
+    )
+
+
+def _on_picture(module: nn.Module, tokens: Tensor) -> Tensor:
+    """Run a convolution on (B, H, W, C) tokens: a picture in channels-last order, no copy."""
+    return module(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ResidualLayer(nn.Module):
+    """RSTB: Swin blocks, every second one shifted, then a convolution, with a residual around."""
+
+    def __init__(self, config: SwinIRConfig, index: int):
+        super().__init__()
+        dim, window = config.embed_dim, config.window_size
+        self.residual_group = nn.Module()
+        self.residual_group.blocks = nn.ModuleList(
+            SwinBlock(
+                dim,
+                config.num_heads[index],
+                window,
+                window // 2 if i % 2 else 0,
+                config.mlp_hidden[index],
+                config.qkv_bias,
+            )
+            for i in range(config.depths[index])
+        )
+        self.conv = _residual_conv(dim, config.resi_connection)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.residual_group.blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for block in self.blocks:
+            y = block(y)
+        return _on_picture(self.conv, y) + x
+
+
+class _PatchEmbed(nn.Module):
+    """Holds the norm of the first tokens under its official name."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+
+
+class SwinIR(nn.Module):
+    """SwinIR on RGB (or grey) pictures in [0, 1]: (B, C, H, W) -> (B, C, scale H, scale W)."""
+
+    def __init__(self, config: SwinIRConfig):
+        super().__init__()
+        self.config = config
+        dim, channels = config.embed_dim, config.in_channels
+        mean = MEAN_RGB if channels == 3 else (0.0,) * channels
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.conv_first = _conv(channels, dim)
+        if config.patch_norm:
+            self.patch_embed = _PatchEmbed(dim)
+        self.layers = nn.ModuleList(ResidualLayer(config, i) for i in range(len(config.depths)))
+        self.norm = nn.LayerNorm(dim)
+        self.conv_after_body = _residual_conv(dim, config.resi_connection)
+        scale = config.scale
+        if config.upsampler == "pixelshuffledirect":
+            self.upsample = nn.Sequential(
+                _conv(dim, scale * scale * channels), nn.PixelShuffle(scale)
+            )
+        else:
+            width = config.upsample_channels
+            self.conv_before_upsample = nn.Sequential(_conv(dim, width), nn.LeakyReLU())
+            factors = [3] if scale == 3 else [2] * int(math.log2(scale))
+            self.upsample = nn.Sequential(
+                *(
+                    module
+                    for factor in factors
+                    for module in (_conv(width, factor**2 * width), nn.PixelShuffle(factor))
+                )
+            )
+            self.conv_last = _conv(width, channels)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @property
+    def scale(self) -> int:
+        return self.config.scale
+
+    @property
+    def window_size(self) -> int:
+        return self.config.window_size
+
+    @property
+    def feature_modules(self) -> nn.ModuleList:
+        """The modules whose outputs a student is asked to match (B, H, W, C): the layers."""
+        return self.layers
+
+    def named_blocks(self):
+        """(official name, parent list, position, block) of every Swin block."""
+        for i, layer in enumerate(self.layers):
+            for j, block in enumerate(layer.blocks):
+                yield f"layers.{i}.residual_group.blocks.{j}", layer.blocks, j, block
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        mean = self.mean.to(x.dtype)
+        x = mirror_to_multiple(x, self.config.window_size) - mean
+        first = self.conv_first(x.contiguous(memory_format=torch.channels_last))
+        tokens = first.permute(0, 2, 3, 1)
+        if self.config.patch_norm:
+            tokens = self.patch_embed.norm(tokens)
+        for layer in self.layers:
+            tokens = layer(tokens)
+        x = self.conv_after_body(self.norm(tokens).permute(0, 3, 1, 2)) + first
+        if self.config.upsampler == "pixelshuffle":
+            x = self.conv_last(self.upsample(self.conv_before_upsample(x)))
+        else:
+            x = self.upsample(x)
+        x = x + mean
+        return x[..., : height * self.scale, : width * self.scale]
+
+
+# --- State dicts -----------------------------------------------------------------------------------
+
+_BUFFERS = ("relative_position_index", "attn_mask")
+
+
+def read_config(state: Mapping[str, Tensor]) -> SwinIRConfig:
+    """Every hyper-parameter of a SwinIR from its state dict; ValueError where it is none we can run."""
+    unsupported = {
+        "absolute_pos_embed": "absolute position embedding",
+        "conv_up1.weight": "upsampler 'nearest+conv'",
+    }
+    for key, what in unsupported.items():
+        if key in state:
+            raise ValueError(f"SwinIR with {what} is not supported")
+    if "upsample.0.weight" not in state:
+        raise ValueError("SwinIR without an upsampler (denoising, JPEG) is not supported")
+    embed_dim, in_channels = state["conv_first.weight"].shape[:2]
+    depths, heads, hidden = [], [], []
+    while f"layers.{len(depths)}.residual_group.blocks.0.norm1.weight" in state:
+        prefix = f"layers.{len(depths)}.residual_group.blocks."
+        depth = 0
+        while f"{prefix}{depth}.norm1.weight" in state:
+            depth += 1
+        depths.append(depth)
+        heads.append(state[f"{prefix}0.attn.relative_position_bias_table"].shape[1])
+        hidden.append(state[f"{prefix}0.mlp.fc1.weight"].shape[0])
+    table = state["layers.0.residual_group.blocks.0.attn.relative_position_bias_table"]
+    window = (math.isqrt(table.shape[0]) + 1) // 2
+    upsample_channels = 64
+    if "conv_before_upsample.0.weight" in state:
+        upsampler = "pixelshuffle"
+        upsample_channels = state["conv_last.weight"].shape[1]
+        scale = 1
+        for key, weight in state.items():
+            if key.startswith("upsample.") and key.endswith(".weight"):
+                scale *= math.isqrt(weight.shape[0] // weight.shape[1])
+    else:
+        upsampler = "pixelshuffledirect"
+        scale = math.isqrt(state["upsample.0.weight"].shape[0] // in_channels)
+    return SwinIRConfig(
+        scale=scale,
+        depths=tuple(depths),
+        embed_dim=embed_dim,
+        num_heads=tuple(heads),
+        window_size=window,
+        mlp_hidden=tuple(hidden),
+        upsampler=upsampler,
+        resi_connection="1conv" if "layers.0.conv.weight" in state else "3conv",
+        in_channels=in_channels,
+        upsample_channels=upsample_channels,
+        qkv_bias="layers.0.residual_group.blocks.0.attn.qkv.bias" in state,
+        patch_norm="patch_embed.norm.weight" in state,
+    )
+
+
+def from_state_dict(state: Mapping[str, Tensor]) -> SwinIR:
+    """A SwinIR in float32 with the given official parameters; official buffers are left out."""
+    parameters = {
+        key: value.float() if value.is_floating_point() else value
+        for key, value in state.items()
+        if key.rpartition(".")[2] not in _BUFFERS and key != "mean"
+    }
+    with torch.device("meta"):
+        model = SwinIR(read_config(parameters))
+    missing, unexpected = model.load_state_dict(parameters, strict=False, assign=True)
+    if missing or unexpected:
+        raise ValueError(
+            f"SwinIR state dict: {len(missing)} parameters missing"
+            f" ({', '.join(missing[:2])}{'...' if len(missing) > 2 else ''}),"
+            f" {len(unexpected)} unknown"
+            f" ({', '.join(unexpected[:2])}{'...' if len(unexpected) > 2 else ''})"
+        )
+    mean = MEAN_RGB if model.config.in_channels == 3 else (0.0,) * model.config.in_channels
+    model.mean = torch.tensor(mean).view(1, -1, 1, 1)
+    return model.requires_grad_(True)

@@ -1,0 +1,117 @@
+"""Models side by side: quality on test sets beside what each model costs, as rows and as a table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import checkpoint, data, inference
+from .cli import format_table
+from .data import Pair
+from .distributed import Ranks
+from .files import atomic_write
+
+# Side of the LR crop that levels are counted on: its 36 windows fill every level that there is.
+LEVELS_CROP = 48
+SCORES = ("psnr", "ssim", "milliseconds")
+
+
+def score(
+    name: str,
+    model: nn.Module | None,
+    sets: dict[str, list[Pair]],
+    scale: int,
+    *,
+    path: str | Path | None = None,
+    ranks: Ranks | None = None,
+    save: Path | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One model (None: bicubic enlargement) on test sets: its row, and the values of every picture.
+
+    path: the model's file, for its bytes. save: folder for the pictures, as TEST/NAME.png. Errors
+    as `inference.evaluate_pairs`. The row: model, tests {name: psnr, ssim}, milliseconds and, for a
+    model, all of `checkpoint.size_report`, levels counted over weights and activations.
+    """
+    tests = {
+        test: inference.evaluate_pairs(
+            model,
+            pairs,
+            scale,
+            ranks=ranks,
+            save=save / test if save else None,
+            description=f"{name}, {test}",
+        )
+        for test, pairs in sets.items()
+    }
+    pictures = [
+        {"model": name, "test": test, **score} for test, all_ in tests.items() for score in all_
+    ]
+    row: dict[str, Any] = {
+        "model": name,
+        "tests": {test: means(scores, "psnr", "ssim") for test, scores in tests.items()},
+        **means(pictures, "milliseconds"),
+    }
+    if model is not None:
+        row |= checkpoint.size_report(model, path) | {"levels": _levels(model, sets, scale)}
+    return row, pictures
+
+
+def means(scores: list[dict[str, Any]], *keys: str) -> dict[str, float]:
+    """The mean of each key; exactly the same whatever process measured which picture."""
+    return {key: math.fsum(score[key] for score in scores) / len(scores) for key in keys}
+
+
+def _levels(model: nn.Module, sets: dict[str, list[Pair]], scale: int) -> int | None:
+    """The most distinct levels in any quantized tensor, for a crop of the first test picture."""
+    lr, _ = data.load_pair(next(iter(sets.values()))[0], scale)
+    crop = data.to_tensor(lr[:LEVELS_CROP, :LEVELS_CROP], next(model.parameters()).device)
+    return max(checkpoint.count_levels(model, crop).values(), default=None)
+
+
+def table(rows: list[dict[str, Any]], *, markdown: bool = False) -> str:
+    """The rows of `score` as text; a column that no row has is left out."""
+    tests = list(rows[0]["tests"]) if rows else []
+    columns = {"model": "model"}
+    decimals = {"kB": 1, "bits_per_weight": 2, "ratio": 2, "milliseconds": 0, "seconds": 0}
+    for test in tests:
+        columns |= {f"{test} psnr": f"{test} PSNR", f"{test} ssim": "SSIM"}
+        decimals |= {f"{test} psnr": 3, f"{test} ssim": 4}
+    columns |= {
+        "bits_per_weight": "bits/weight",
+        "kB": "file kB",
+        "ratio": "float/file",
+        "levels": "levels",
+        "milliseconds": "ms/picture",
+        "seconds": "made in s",
+    }
+    lines = [
+        {
+            **row,
+            **{f"{test} {key}": row["tests"][test][key] for test in tests for key in SCORES[:2]},
+            "kB": row["file_bytes"] / 1000 if row.get("file_bytes") else None,
+        }
+        for row in rows
+    ]
+    shown = {key: head for key, head in columns.items() if any(line.get(key) for line in lines)}
+    return format_table(lines, shown, decimals=decimals, markdown=markdown)
+
+
+def write(
+    folder: Path, name: str, report: dict[str, Any], pictures: list[dict[str, Any]]
+) -> None:
+    """NAME.json: the report and the values of every picture; NAME.csv: these alone."""
+    # Identical pictures have an infinite PSNR, which JSON has no word for.
+    text = json.dumps({**report, "pictures": pictures})
+    plain = json.loads(text, parse_constant=lambda _: None)
+    atomic_write(folder / f"{name}.json", json.dumps(plain, indent=1).encode())
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, ["model", "test", "name", *SCORES])
+    writer.writeheader()
+    writer.writerows(pictures)
+    atomic_write(folder / f"{name}.csv", lines.getvalue().encode())

@@ -1,0 +1,444 @@
+"""``python -m compsrt.train``: compress a model, or train a float one.
+
+Without options this is the demo. Several methods, bits or pruning shares make a grid: one run
+each, and one table at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compsrt.cli import ArgumentParser, nearest, run
+from compsrt.files import atomic_write, sha256
+
+if TYPE_CHECKING:
+    from compsrt.compress import CalibrationSet
+    from compsrt.data import Pair
+    from compsrt.distributed import Ranks
+    from compsrt.trainer import Validation
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    options = _parse(argv)
+    from compsrt import distributed
+
+    ranks = distributed.setup(options.device)
+    try:
+        return _run(options, ranks)
+    finally:
+        ranks.close()
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    from compsrt.quantization import METHODS, PRUNING_PATTERNS, STORAGE
+    from compsrt.recipes import RECIPES
+    from compsrt.transforms import TRANSFORMS
+
+    methods = "\n".join(f"  {name:11}{method.summary}" for name, method in METHODS.items())
+    recipes = "\n".join(f"  {name:16}{recipe.summary}" for name, recipe in RECIPES.items())
+    parser = ArgumentParser(
+        "compsrt.train",
+        description="Quantize and prune a float model, distil it, score and pack it. Without"
+        " --train this is the demo: the small model that comes with the package, and the"
+        " photographs of scikit-image.\n\n"
+        "  python -m compsrt.train --method compsrt --bits 4 --weights swinir.pth \\\n"
+        "      --train DIV2K --test Set5 --output runs/x2\n"
+        "  torchrun --nproc-per-node 2 -m compsrt.train ...\n\n"
+        f"Methods:\n\n{methods}\n"
+        "  float      train a float network (--recipe says which)\n\n"
+        f"Recipes:\n\n{recipes}",
+    )
+    what = parser.add_argument_group("what to do")
+    what.add_argument(
+        "--method", nargs="+", default=["compsrt"], choices=[*METHODS, "float"], metavar="METHOD",
+        help="one of the methods above, or several: one run each",
+    )  # fmt: skip
+    what.add_argument("--recipe", choices=list(RECIPES), metavar="NAME", help="see above")
+    what.add_argument("--weights", metavar="FILE", help="the float model, .pth or .safetensors")
+    pictures = parser.add_argument_group("pictures")
+    pictures.add_argument(
+        "--train", action="append", metavar="DIR",
+        help="photographs to calibrate and train on; may be given several times",
+    )  # fmt: skip
+    pictures.add_argument(
+        "--test", action="append", default=[], metavar="DIR",
+        help="a test set, scored at the end only; may be given several times",
+    )  # fmt: skip
+    pictures.add_argument("--validation-count", type=int, default=8, metavar="N",
+                          help="training pictures held out to choose the checkpoint by")  # fmt: skip
+    pictures.add_argument("--validation-crops", type=int, default=32, metavar="N",
+                          help="crops of these that are looked at")  # fmt: skip
+    pictures.add_argument("--cache-gigabytes", type=float, default=4.0, metavar="GB",
+                          help="memory for decoded training pictures")  # fmt: skip
+    quantizer = parser.add_argument_group("quantization")
+    quantizer.add_argument("--bits", type=int, nargs="+", default=[4], metavar="B",
+                           help="1 to 8; several: one run each")  # fmt: skip
+    quantizer.add_argument("--weight-bits", type=int, metavar="B", help="for weights alone")
+    quantizer.add_argument("--activation-bits", type=int, metavar="B", help="for inputs alone")
+    quantizer.add_argument("--transform", choices=TRANSFORMS, metavar="NAME",
+                           help=f"instead of the method's own: {', '.join(TRANSFORMS)}")  # fmt: skip
+    quantizer.add_argument(
+        "--site-transform", action="append", default=[], metavar="SITE=NAME",
+        help="for one kind of site (qkv, query_key, value, attention, proj, fc1, fc2) or a pattern"
+        " of BLOCK.SITE; may be given several times",
+    )  # fmt: skip
+    quantizer.add_argument("--codes", choices=("clamped", "unclamped"), default="clamped",
+                           help="unclamped is the published arithmetic, for comparison only")  # fmt: skip
+    quantizer.add_argument("--per-channel", action="store_true",
+                           help="weight scales per output channel")  # fmt: skip
+    quantizer.add_argument("--one-sided", choices=("auto", "never"), default="auto",
+                           help="whether DOBI may choose a one-sided range")  # fmt: skip
+    quantizer.add_argument("--percentile", type=float, default=99.9, help="of the method percentile")
+    quantizer.add_argument("--pruning", type=float, nargs="+", default=[0.0], metavar="SHARE",
+                           help="of the weights that become zero, 0 to 0.99; several: one run each")  # fmt: skip
+    quantizer.add_argument("--pruning-pattern", choices=PRUNING_PATTERNS, default="unstructured",
+                           help="2:4 goes with --pruning 0.5")  # fmt: skip
+    quantizer.add_argument("--storage", choices=tuple(STORAGE), default="float16",
+                           help="type of everything that stays float")  # fmt: skip
+    quantizer.add_argument("--calibration-count", type=int, default=32, metavar="N",
+                           help="crops that the first bounds are searched on")  # fmt: skip
+    quantizer.add_argument("--calibration-patch", type=int, default=64, metavar="PIXELS",
+                           help="side of these crops in LR")  # fmt: skip
+    training = parser.add_argument_group("training and distillation")
+    training.add_argument("--steps", type=int, default=400, help="0 calibrates only")
+    training.add_argument("--batch", type=int, default=4, help="crops a step and process")
+    training.add_argument("--accumulate", type=int, default=1, metavar="N",
+                          help="parts that a batch is computed in")  # fmt: skip
+    training.add_argument("--patch", type=int, nargs="+", default=[32], metavar="PIXELS",
+                          help="side of the LR crops; several: one after another")  # fmt: skip
+    training.add_argument(
+        "--learning-rate", type=float, metavar="LR",
+        help="highest; of distillation in quantizer steps (default 0.03; of float training 1e-3)",
+    )  # fmt: skip
+    training.add_argument("--warmup", type=int, default=0, metavar="STEPS")
+    training.add_argument("--feature-weight", type=float, default=1.0, metavar="W",
+                          help="of the feature term of distillation")  # fmt: skip
+    training.add_argument("--validate-every", type=int, default=50, metavar="STEPS")
+    training.add_argument("--save-every", type=int, default=50, metavar="STEPS",
+                          help="how often the state to resume from is saved")  # fmt: skip
+    training.add_argument("--compile", action="store_true",
+                          help="run the training forward through torch.compile")  # fmt: skip
+    general = parser.add_argument_group("run")
+    general.add_argument("--output", type=Path, metavar="DIR", help="default runs/RECIPE or runs/METHOD")
+    general.add_argument("--resume", action="store_true", help="go on where a run stopped")
+    general.add_argument("--force", action="store_true", help="overwrite what is in --output")
+    general.add_argument("--seed", type=int, default=0)
+    general.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    first, _ = argparse.ArgumentParser.parse_known_args(parser, [*argv])
+    recipe = RECIPES[first.recipe] if first.recipe else None
+    if recipe is not None:
+        parser.set_defaults(**recipe.options())
+    options = parser.parse_args(argv)
+    options.architecture = recipe.architecture if recipe else None
+    options.demo = options.train is None
+    if options.demo:
+        _demo_defaults(parser, options, argv)
+    if "float" in options.method:
+        if len(options.method) > 1:
+            parser.error("--method float cannot be combined with others: it makes their weights")
+        if options.architecture is None:
+            parser.error("--method float needs a --recipe that says which network")
+    elif options.weights is None:
+        parser.error("--weights is needed: the float model to compress")
+    if options.learning_rate is None:
+        options.learning_rate = 1e-3 if "float" in options.method else 0.03
+    if options.output is None:
+        options.output = Path("runs") / (options.recipe or "-".join(options.method))
+    if options.resume and options.force:
+        parser.error("--resume and --force contradict each other")
+    return options
+
+
+def _demo_defaults(parser: ArgumentParser, options: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Without --train: the shipped model and scikit-image's photographs, and options fit for them."""
+    from compsrt import demo
+
+    if "float" in options.method:
+        parser.error("--train is needed: the photographs to train on")
+    options.weights = options.weights or str(demo.WEIGHTS)
+    if not argv:
+        options.method, options.bits = list(demo.METHODS), list(demo.BITS)
+        options.force = True
+    given = {word.partition("=")[0] for word in argv}
+    for name, value in demo.OPTIONS.items():
+        if f"--{name.replace('_', '-')}" not in given:
+            setattr(options, name, value)
+
+
+# --- The grid ----------------------------------------------------------------------------------------
+
+
+def _run(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
+    from compsrt import data
+
+    if options.method == ["float"]:
+        return _train_float(options, ranks)
+    from compsrt import checkpoint, demo, scoring
+    from compsrt.quantization import quant_spec
+
+    specs = _specs(options)
+    model: Any = checkpoint.load(options.weights, ranks.device)
+    if quant_spec(model) is not None:
+        raise ValueError(f"{options.weights}: it is quantized already; the float model is needed")
+    scale = model.scale
+    train = demo.training_pairs() if options.demo else _pairs(options.train, scale)
+    sets = {Path(folder).name: data.find_pairs(folder, scale) for folder in options.test}
+    if options.demo and not sets:
+        sets = {"photographs": demo.test_pairs()}
+    _claim(options, ranks)
+    calibration, validation = _pictures(options, train, scale, ranks)
+    source = {"file": Path(options.weights).name, "sha256": sha256(options.weights)}
+    rows: list[dict[str, Any]] = []
+    pictures: list[dict[str, Any]] = []
+    packed: dict[tuple[str, int, float], Any] = {}
+    if sets:
+        for name, candidate, path in (("bicubic", None, None), ("float", model, options.weights)):
+            row, scores = scoring.score(name, candidate, sets, scale, path=path, ranks=ranks)
+            rows.append(row)
+            pictures += scores
+    for spec in specs:
+        name = _name(spec)
+        quantized, report = _compress(
+            options, spec, name, model, calibration, validation, source, ranks
+        )
+        packed[spec.method, spec.bits, spec.pruning] = quantized
+        path = options.output / name / "model.safetensors"
+        if sets:
+            row, scores = scoring.score(
+                name, quantized, sets, scale,
+                path=path if spec.codes == "clamped" else None, ranks=ranks,
+            )  # fmt: skip
+            rows.append(row | report)
+            pictures += scores
+        else:
+            rows.append({"model": name, "tests": {}} | report)
+        if report["interrupted"]:
+            break
+    if not ranks.is_main:
+        return None
+    print(scoring.table(rows))
+    result = {"output": str(options.output), "scale": scale, "rows": rows}
+    scoring.write(options.output, "results", result, pictures)
+    if options.demo and sets:
+        picture = demo.side_by_side(model, packed, sets, options.output / "comparison.png")
+        if picture is not None:
+            print(f"side by side: {picture}")
+            result["picture"] = str(picture)
+    if rows[-1].get("interrupted"):
+        raise KeyboardInterrupt
+    return result
+
+
+def _specs(options: argparse.Namespace) -> list[Any]:
+    from compsrt.quantization import TRANSFORM_GROUPS, QuantSpec
+
+    sites = []
+    for word in options.site_transform:
+        pattern, equals, transform = word.partition("=")
+        if not equals:
+            raise ValueError(f"--site-transform: {word!r} is not SITE=TRANSFORM")
+        if pattern.isidentifier() and pattern not in TRANSFORM_GROUPS:
+            hint = nearest(pattern, TRANSFORM_GROUPS)
+            raise ValueError(f"--site-transform: no site is called {pattern!r}{hint}")
+        sites.append((pattern, transform))
+    shared = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(QuantSpec)
+        if field.name not in ("bits", "method", "pruning", "site_transforms")
+    }
+    return [
+        QuantSpec(method=method, bits=bits, pruning=share, site_transforms=tuple(sites), **shared)
+        for method, bits, share in itertools.product(
+            options.method, options.bits, options.pruning
+        )
+    ]
+
+
+def _name(spec: Any) -> str:
+    """Such as compsrt-4bit or compsrt-3bit-pruned40."""
+    name = f"{spec.method}-{spec.bits}bit"
+    return name if not spec.pruning else f"{name}-pruned{round(100 * spec.pruning)}"
+
+
+def _pairs(folders: Sequence[str], scale: int) -> list[Pair]:
+    from compsrt import data
+
+    return [pair for folder in folders for pair in data.find_pairs(folder, scale)]
+
+
+def _claim(options: argparse.Namespace, ranks: Ranks) -> None:
+    """The output folder is ours: new, or to be resumed, or to be overwritten."""
+    folder: Path = options.output
+    if not options.resume and not options.force and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: it is not empty; --resume goes on, --force overwrites")
+    ranks.gather(None)  # every process has looked before the first one writes
+    if ranks.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _pictures(
+    options: argparse.Namespace, train: list[Pair], scale: int, ranks: Ranks
+) -> tuple[CalibrationSet, Validation | None]:
+    from compsrt import data
+    from compsrt.compress import CalibrationSet
+    from compsrt.trainer import Validation
+
+    cache = int(options.cache_gigabytes * 1e9)
+    validation = None
+    if options.validation_count:
+        train, held_out = data.hold_out(train, options.validation_count, options.seed)
+        sampler = data.PatchSampler(held_out, scale, ranks.device, cache, options.seed)
+        validation = Validation(sampler, options.validation_crops, 64, ranks)
+    sampler = data.PatchSampler(train, scale, ranks.device, cache, options.seed)
+    return CalibrationSet(sampler, options.calibration_count, options.calibration_patch), validation
+
+
+def _schedule(options: argparse.Namespace) -> Any:
+    from compsrt.trainer import Schedule
+
+    fields = {field.name for field in dataclasses.fields(Schedule)} & set(vars(options))
+    return Schedule(patches=tuple(options.patch), **{name: getattr(options, name) for name in fields})
+
+
+def _compress(
+    options: argparse.Namespace,
+    spec: Any,
+    name: str,
+    model: Any,
+    calibration: CalibrationSet,
+    validation: Validation | None,
+    source: dict[str, Any],
+    ranks: Ranks,
+) -> tuple[Any, dict[str, Any]]:
+    """One run of the grid; with --resume, one that is finished is loaded instead."""
+    from compsrt import checkpoint
+    from compsrt.compress import compress
+
+    folder: Path = options.output / name
+    schedule = _schedule(options)
+    settings = {
+        "spec": json.dumps(spec.to_json()),
+        "schedule": json.dumps(dataclasses.asdict(schedule)),
+        "seed": options.seed,
+        "world": ranks.world,
+        "source": source["sha256"],
+        "feature_weight": options.feature_weight,
+    }
+    done = folder / "done.json"
+    if options.resume and done.exists() and json.loads(done.read_text())["settings"] == settings:
+        return (
+            checkpoint.load(folder / "model.safetensors", ranks.device),
+            json.loads(done.read_text())["report"],
+        )
+    if ranks.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        done.unlink(missing_ok=True)
+    ranks.gather(None)
+    quantized, report = compress(
+        model,
+        spec,
+        calibration,
+        schedule=schedule,
+        validation=validation,
+        feature_weight=options.feature_weight,
+        folder=folder,
+        settings=settings,
+        resume=options.resume,
+        ranks=ranks,
+        source=source,
+    )
+    if ranks.is_main and not report["interrupted"] and spec.codes == "clamped":
+        text = json.dumps({"settings": settings, "report": report})
+        atomic_write(done, text.encode())
+    return quantized, report
+
+
+# --- Float training ----------------------------------------------------------------------------------
+
+
+def _train_float(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
+    import torch
+
+    from compsrt import checkpoint, data, scoring
+    from compsrt.float_training import FloatTraining, start_from
+    from compsrt.models.swinir import SwinIR
+    from compsrt.trainer import Trainer
+
+    scale = options.architecture.scale
+    train = _pairs(options.train, scale)
+    sets = {Path(folder).name: data.find_pairs(folder, scale) for folder in options.test}
+    torch.manual_seed(options.seed)
+    network = SwinIR(options.architecture).to(ranks.device)
+    if options.weights:
+        fresh = start_from(network, checkpoint.load(options.weights, ranks.device))
+        if ranks.is_main and fresh:
+            print(f"started from {options.weights}; new: {', '.join(fresh)}")
+    _claim(options, ranks)
+    calibration, validation = _pictures(options, train, scale, ranks)
+    schedule = _schedule(options)
+    objective = FloatTraining(network, compiled=options.compile)
+    trainer = Trainer(
+        objective,
+        calibration.sampler,
+        schedule,
+        validation=validation,
+        folder=options.output,
+        settings={
+            "architecture": repr(options.architecture),
+            "schedule": json.dumps(dataclasses.asdict(schedule)),
+            "seed": options.seed,
+            "world": ranks.world,
+        },
+        ranks=ranks,
+        description=options.recipe,
+    )
+    if options.resume:
+        trainer.resume()
+    began = time.perf_counter(), trainer.step
+    trainer.fit()
+    speed = (trainer.step - began[1]) * options.batch * ranks.world / (time.perf_counter() - began[0])
+    trainer.load_best()
+    model = objective.model
+    path = options.output / "model.safetensors"
+    report: dict[str, Any] = {
+        "recipe": options.recipe,
+        "steps": trainer.step,
+        "seconds": trainer.seconds,
+        "images_per_second": speed,
+        "pictures": len(calibration.sampler),
+        "interrupted": trainer.interrupted,
+    }
+    if trainer.best is not None:
+        report |= {"validation_psnr": trainer.best[0], "best_step": trainer.best[1]}
+    if ranks.is_main:
+        checkpoint.save_float(model, path, card=report)
+    ranks.gather(None)
+    rows, pictures = [], []
+    for name, candidate in (("bicubic", None), (options.recipe, model)) if sets else ():
+        row, scores = scoring.score(
+            name, candidate, sets, scale, path=path if candidate else None, ranks=ranks
+        )
+        rows.append(row)
+        pictures += scores
+    if not ranks.is_main:
+        return None
+    if rows:
+        print(scoring.table(rows))
+    result = {"output": str(options.output), "scale": scale, **report, "rows": rows}
+    scoring.write(options.output, "results", result, pictures)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,193 @@
+"""The command that scores models: its table, its files, its errors, and several processes."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from compsrt import evaluate
+from compsrt.calibration import calibrate
+from compsrt.checkpoint import save_float, save_packed
+from compsrt.cli import run
+from compsrt.data import imresize, write_image
+from compsrt.models.swinir import SwinIR, SwinIRConfig
+from compsrt.quantization import QuantSpec, swap_blocks
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tiny(scale: int) -> SwinIR:
+    torch.manual_seed(0)
+    return SwinIR(
+        SwinIRConfig(
+            scale=scale, depths=(2,), embed_dim=12, num_heads=(2,), window_size=4, mlp_hidden=(24,)
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """float.safetensors and packed.safetensors x2, x3.safetensors, and test sets A and B."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    random = np.random.default_rng(0)
+    for name, heights in (("A", (40, 51, 44, 60, 39)), ("B", (48,))):
+        (folder / name / "HR").mkdir(parents=True)
+        for number, height in enumerate(heights):
+            small = random.integers(0, 256, (height // 4, 12, 3), dtype=np.uint8)
+            write_image(folder / name / "HR" / f"{number}.png", imresize(small, 4))
+    (folder / "empty").mkdir()
+    model = tiny(2)
+    save_float(model, folder / "float.safetensors")
+    save_float(tiny(3), folder / "x3.safetensors")
+    quantized = swap_blocks(model, QuantSpec(bits=3))
+    calibrate(quantized, torch.rand(1, 3, 16, 16))
+    save_packed(quantized, folder / "packed.safetensors")
+    return folder
+
+
+def arguments(folder: Path, *words: str) -> list[str]:
+    """Words that name a file or folder of the fixture become its path."""
+    return [str(folder / word) if (folder / word).exists() else word for word in words]
+
+
+def test_a_table_of_models_and_test_sets(folder, tmp_path, capsys):
+    words = ["float.safetensors", "packed.safetensors", "--test", "A", "--test", "B"]
+    argv = [*arguments(folder, *words), "--output", str(tmp_path), "--save-images"]
+    assert run(evaluate.main, argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    headings = "model A PSNR SSIM B PSNR SSIM file kB bits/weight float/file levels ms/picture"
+    assert " ".join(lines[0].split()) == headings
+    assert [line.split()[0] for line in lines[2:5]] == ["bicubic", "float", "packed"]
+    assert len(lines) == 6
+    report = json.loads(lines[-1])
+    bicubic, floating, packed = report["rows"]
+    assert bicubic.keys() == {"model", "tests", "milliseconds"}
+    assert floating["bits_per_weight"] == 32
+    assert floating["levels"] is None
+    assert packed["levels"] == 8
+    assert packed["file_bytes"] == (folder / "packed.safetensors").stat().st_size
+    with open(tmp_path / "evaluate.csv", newline="") as file:
+        pictures = list(csv.DictReader(file))
+    assert [(row["model"], row["test"], row["name"]) for row in pictures[6:12]] == [
+        *(("float", "A", str(number)) for number in range(5)),
+        ("float", "B", "0"),
+    ]
+    mean = np.mean([float(row["psnr"]) for row in pictures[6:11]])
+    assert floating["tests"]["A"]["psnr"] == pytest.approx(mean)
+    written = json.loads((tmp_path / "evaluate.json").read_text())
+    assert written["rows"] == report["rows"]
+    assert [str(picture["psnr"]) for picture in written["pictures"]] == [
+        row["psnr"] for row in pictures
+    ]
+    assert (tmp_path / "packed" / "A" / "4.png").is_file()
+
+
+def test_bicubic_alone_needs_only_a_scale(folder, capsys):
+    assert run(evaluate.main, arguments(folder, "--test", "A", "--scale", "3")) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (report["scale"], len(report["rows"])) == (3, 1)
+
+
+def test_identical_pictures_are_no_number_in_json(tmp_path, capsys):
+    (tmp_path / "flat").mkdir()
+    write_image(tmp_path / "flat" / "white.png", np.full((40, 40, 3), 255, np.uint8))
+    argv = ["--test", str(tmp_path / "flat"), "--scale", "2", "--output", str(tmp_path)]
+    assert run(evaluate.main, argv) == 0
+    assert "inf" in capsys.readouterr().out
+    assert json.loads((tmp_path / "evaluate.json").read_text())["pictures"][0]["psnr"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["float.safetensors", "x3.safetensors", "--test", "A"], "x3.safetensors is x3 but"),
+        (["float.safetensors", "--scale", "4", "--test", "A"], "is x2 but --scale is x4"),
+        (["--test", "A"], "--scale is needed"),
+        (["--test", "A", "--scale", "0"], "scale must be a positive integer"),
+        (["--test", "empty", "--scale", "2"], "no pictures in this folder"),
+        (["--test", "nowhere", "--scale", "2"], "nowhere: no such folder"),
+        (["--test", "A", "--test", "A", "--scale", "2"], "the same one twice"),
+        (["nothing.safetensors", "--test", "A"], "nothing.safetensors: no such file"),
+        (["A/HR/0.png", "--test", "A"], "damaged, or no checkpoint"),
+        (["--test", "A", "--scale", "2", "--device", "cuda:77"], "cuda:77"),
+    ],
+    ids=" ".join,
+)
+def test_mistakes_are_one_line_before_any_work(words, message, folder, tmp_path, capsys):
+    output = tmp_path / "output"
+    argv = [*arguments(folder, *words), "--output", str(output)]
+    assert run(evaluate.main, argv, name="compsrt.evaluate") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.startswith("compsrt.evaluate: error: ")
+    assert err.count("\n") == 1
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--test", "A", "--scale", "2", "--save-images"], "--save-images needs --output"),
+        (["--test", "A", "--scale", "2", "--no-bicubic"], "leaves nothing to score"),
+        (["--tset", "A"], "did you mean --test?"),
+        ([], "--test"),
+    ],
+    ids=" ".join,
+)
+def test_mistyped_options_are_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main(words)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_test_set_of_another_scale_is_named(folder, tmp_path, capsys):
+    low = tmp_path / "A" / "LR_bicubic" / "X2"
+    low.mkdir(parents=True)
+    (tmp_path / "A" / "HR").symlink_to(folder / "A" / "HR")
+    for number in range(5):
+        write_image(low / f"{number}x2.png", np.zeros((10, 12, 3), np.uint8))
+    argv = [str(folder / "float.safetensors"), "--test", str(tmp_path / "A")]
+    assert run(evaluate.main, argv) == 2
+    assert "0x2.png: 12 x 10 pixels do not fit" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_score_exactly_as_one(folder, tmp_path):
+    def command(*program: str, output: str) -> list[str]:
+        models = arguments(folder, "float.safetensors", "packed.safetensors", "--test", "A")
+        result = subprocess.run(
+            [sys.executable, "-m", *program, "compsrt.evaluate", *models, "--device", "cpu",
+             "--output", str(tmp_path / output)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        return result.stdout.splitlines()
+
+    def scores(output: str) -> list[dict]:
+        pictures = json.loads((tmp_path / output / "evaluate.json").read_text())["pictures"]
+        return [{**picture, "milliseconds": None} for picture in pictures]
+
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    together = command(*launcher, output="two")
+    # One process, of one thread as well: the order of a sum decides the last bit.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    words = arguments(folder, "float.safetensors", "packed.safetensors", "--test", "A")
+    report = evaluate.main([*words, "--device", "cpu", "--output", str(tmp_path / "one")])
+    torch.set_num_threads(threads)
+    assert scores("two") == scores("one")
+    assert report is not None
+    means = [row["tests"] for row in report["rows"]]
+    assert [row["tests"] for row in json.loads(together[-1])["rows"]] == means
+    assert len(together) == 6
