@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
+from .kernels.reference import sort_rows
+from .models.quant_swinir import swap_blocks
 from .pruning import prune
 from .quantization import (
     METHODS,
@@ -13,7 +15,7 @@ from .quantization import (
     QuantSpec,
     WeightQuantizer,
     named_quantizers,
-    swap_blocks,
+    quant_spec,
 )
 
 CALIBRATIONS = ("minmax", "percentile", "dobi")
@@ -48,7 +50,7 @@ def search_bounds(
     elif method == "minmax":
         lower, upper = rows.aminmax(dim=1)
     else:
-        ordered = rows.sort(dim=1).values
+        ordered = sort_rows(rows)
         last = rows.shape[1] - 1
         skip = min(round(last * (1 - percentile / 100)), last // 2)
         lower, upper = ordered[:, skip], ordered[:, last - skip]
@@ -98,7 +100,8 @@ class _Observer:
         margin = 1e-6 * (upper - lower)
         bounds = lower - margin, upper + margin
         quantizer.set_bounds(*bounds)
-        self.last = x, bounds
+        if not isinstance(quantizer, WeightQuantizer):
+            self.last = x, bounds
 
 
 def _looks_one_sided(x: Tensor) -> bool:
@@ -114,7 +117,10 @@ def calibrate(model: nn.Module, pictures: Tensor) -> None:
     pictures: (B, 3, H, W) in [0, 1]. One forward pass shows every site the input it has in the
     float network; the whole set counts as one tensor. alpha and beta start at 0.
     """
-    observer = _Observer(model.spec)
+    spec = quant_spec(model)
+    if spec is None:
+        raise ValueError("model: it is a float model; compsrt.quantize makes a quantized one of it")
+    observer = _Observer(spec)
     sites = [quantizer for _, quantizer in named_quantizers(model)]
     try:
         for quantizer in sites:

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from . import kernels, models
 from .files import atomic_write
 from .kernels.packing import pack_codes, pack_mask, unpack_codes, unpack_mask
+from .models.quant_swinir import swap_blocks
 from .models.swinir import SwinIR, SwinIRConfig
 from .quantization import (
     STORAGE,
@@ -50,7 +51,6 @@ from .quantization import (
     named_quantizers,
     quant_spec,
     stored_as_float,
-    swap_blocks,
 )
 
 FORMAT = 1

@@ -36,9 +36,7 @@ class CalibrationSet:
 
     def record(self) -> dict[str, Any]:
         """Seed, size, and name and place of every crop."""
-        crops = self.sampler.describe(
-            self.count, self.patch, step=CALIBRATION_STEP, augment=False
-        )
+        crops = self.sampler.describe(self.count, self.patch, step=CALIBRATION_STEP, augment=False)
         places = [[crop["name"], crop["y"], crop["x"]] for crop in crops]
         return {"seed": self.sampler.seed, "patch": self.patch, "crops": places}
 
@@ -51,6 +49,7 @@ def compress(
     schedule: Schedule,
     validation: Validation | None = None,
     feature_weight: float = 1.0,
+    compiled: bool = False,
     folder: Path | None = None,
     settings: dict[str, Any] | None = None,
     resume: bool = False,
@@ -68,7 +67,7 @@ def compress(
     quantized = quantize(model, spec, calibration.pictures())
     report: dict[str, Any] = {"steps": 0, "interrupted": False}
     if METHODS[spec.method].learn and schedule.steps:
-        objective = Distillation(quantized, model, feature_weight=feature_weight)
+        objective = Distillation(quantized, model, feature_weight=feature_weight, compiled=compiled)
         trainer = Trainer(
             objective,
             calibration.sampler,

@@ -67,7 +67,10 @@ def test_pairs() -> list[Pair]:
 
 
 def side_by_side(
-    model: Any, packed: dict[tuple[str, int, float], nn.Module], sets: dict[str, list[Pair]], path: Path
+    model: Any,
+    packed: dict[tuple[str, int, float], nn.Module],
+    sets: dict[str, list[Pair]],
+    path: Path,
 ) -> Path | None:
     """Bicubic, float, 4 and 2 bits and the original of the first test picture, with a crop enlarged.
 

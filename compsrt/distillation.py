@@ -78,11 +78,18 @@ class StepAdam(torch.optim.Optimizer):
 class Distillation:
     """A quantized student, its float teacher, and what keeps the student's scalars sound.
 
-    An `Objective` of the trainer. Raises ValueError for a student that learns nothing or was not
-    calibrated.
+    An `Objective` of the trainer. compiled: run the layers of both through torch.compile. Raises
+    ValueError for a student that learns nothing or was not calibrated.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, *, feature_weight: float = 1.0):
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        feature_weight: float = 1.0,
+        compiled: bool = False,
+    ):
         self.student, self.teacher = student, teacher
         self.feature_weight = feature_weight
         self.sites = list(named_quantizers(student))
@@ -105,6 +112,9 @@ class Distillation:
         ]
         self.optimizer = StepAdam(list(self.named.values()), steps, lr=1.0)
         self.smallest = [1e-3 * (q.upper - q.lower).detach() for _, q in self.sites]
+        if compiled:
+            for module in (*_layers(student), *_layers(teacher)):
+                module.compile()
 
     @property
     def model(self) -> nn.Module:
@@ -130,15 +140,11 @@ class Distillation:
         for (_, quantizer), smallest in zip(self.sites, self.smallest, strict=True):
             quantizer.project_(smallest)
 
-    def not_finite(self) -> str:
-        for name, parameter in self.named.items():
-            for value in (parameter, parameter.grad):
-                if value is not None and not torch.isfinite(value).all():
-                    return name
-        return "the output"
+    def trained(self) -> dict[str, nn.Parameter]:
+        return self.named
 
     def learned(self) -> dict[str, Tensor]:
-        return self.named
+        return dict(self.named)
 
     def state_dict(self) -> dict[str, Any]:
         return {"scalars": dict(self.named), "optimizer": self.optimizer.state_dict()}
@@ -158,13 +164,18 @@ def _distance(ours: Tensor, theirs: Tensor) -> Tensor:
     return (ours - theirs).square().sum(axes).mean()
 
 
+def _layers(model: Any) -> nn.ModuleList:
+    """The modules whose outputs are compared."""
+    return model.feature_modules
+
+
 @contextlib.contextmanager
 def _features(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collects the outputs of the model's feature modules while it runs."""
     kept: list[Tensor] = []
     hooks = [
         module.register_forward_hook(lambda _, __, output: kept.append(output))
-        for module in model.feature_modules
+        for module in _layers(model)
     ]
     try:
         yield kept

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from compsrt.distributed import Ranks
 
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     options = _parse(argv)
     from compsrt import distributed
@@ -75,18 +76,39 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="write the enlarged pictures too, as DIR/MODEL/TEST/NAME.png",
     )
+    output.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="write DIR/index.html, a page to look at: the table, and pictures side by side with a"
+        " movable lens and error maps",
+    )
+    output.add_argument(
+        "--report-pictures",
+        type=int,
+        default=20,
+        metavar="N",
+        help="how many pictures the page shows: those where the models differ the most",
+    )
+    output.add_argument("--force", action="store_true", help="replace the report that is in DIR")
     machine = parser.add_argument_group("where")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     options = parser.parse_args(argv)
     if options.save_images and options.output is None:
         parser.error("--save-images needs --output, the folder to write them to")
+    if options.force and options.report is None:
+        parser.error("--force replaces a report, it needs --report")
+    if options.report_pictures < 1:
+        parser.error(f"--report-pictures must be at least 1, got {options.report_pictures}")
+    if options.report and options.output and options.report.resolve() == options.output.resolve():
+        parser.error("--report needs another folder than --output, --output/report for example")
     if not options.models and not options.bicubic:
         parser.error("--no-bicubic leaves nothing to score without a MODEL")
     return options
 
 
 def _evaluate(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
-    from compsrt import checkpoint, data, scoring
+    from compsrt import checkpoint, data, report, scoring
 
     # What is wrong with the arguments is found before the first picture is enlarged.
     names = _short_names(options.models)
@@ -97,6 +119,14 @@ def _evaluate(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | Non
         for name, folder in zip(_short_names(options.test), options.test, strict=True)
     }
     output: Path | None = options.output
+    page: Path | None = options.report
+    # The folder for the enlarged pictures, if they are wanted.
+    enlarged = output if output and options.save_images else page and page / report.ENLARGED
+    if enlarged and options.bicubic and "bicubic" in names:
+        raise ValueError("bicubic: a model of this name; rename its file or give --no-bicubic")
+    if page is not None:
+        report.check_folder(page, force=options.force)
+        ranks.gather(None)  # nobody begins to write before all have looked
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
     candidates: list[tuple[str, str | None, nn.Module | None]] = [("bicubic", None, None)]
@@ -105,17 +135,21 @@ def _evaluate(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | Non
     rows: list[dict[str, Any]] = []
     pictures: list[dict[str, Any]] = []
     for name, path, model in candidates:
-        save = output / name if output and options.save_images else None
+        save = enlarged / name if enlarged else None
         row, scores = scoring.score(name, model, sets, scale, path=path, ranks=ranks, save=save)
         rows.append(row)
         pictures += scores
     if not ranks.is_main:
         return None
     print(scoring.table(rows))
-    report = {"scale": scale, "device": str(ranks.device), "rows": rows}
+    result = {"scale": scale, "device": str(ranks.device), "rows": rows}
     if output is not None:
-        scoring.write(output, "evaluate", report, pictures)
-    return report
+        scoring.write(output, "evaluate", result, pictures)
+    if page is not None and enlarged is not None:
+        count = options.report_pictures
+        written = report.write(page, rows, pictures, sets, scale, enlarged=enlarged, count=count)
+        print(f"report: {written}")
+    return result
 
 
 def _short_names(paths: Sequence[str]) -> list[str]:

@@ -55,14 +55,10 @@ class FloatTraining:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.averaged.parameters()), parameters, 1 - decay)
+            torch._foreach_lerp_(tuple(self.averaged.parameters()), tuple(parameters), 1 - decay)
 
-    def not_finite(self) -> str:
-        for name, parameter in self.network.named_parameters():
-            for value in (parameter, parameter.grad):
-                if value is not None and not torch.isfinite(value).all():
-                    return name
-        return "the output"
+    def trained(self) -> dict[str, nn.Parameter]:
+        return dict(self.network.named_parameters())
 
     def learned(self) -> dict[str, Tensor]:
         return dict(self.averaged.named_parameters())

@@ -24,7 +24,9 @@ def magnitude_mask(weight: Tensor, fraction: float, pattern: str = "unstructured
     magnitude = weight.detach().abs()
     if pattern == "2:4":
         if weight.shape[-1] % 4:
-            raise ValueError(f"pruning_pattern: 2:4 needs rows of 4 n weights, not {weight.shape[-1]}")
+            raise ValueError(
+                f"pruning_pattern: 2:4 needs rows of 4 n weights, not {weight.shape[-1]}"
+            )
         order = magnitude.unflatten(-1, (-1, 4)).sort(dim=-1, descending=True, stable=True).indices
         mask = torch.zeros_like(order, dtype=torch.bool)
         return mask.scatter_(-1, order[..., :2], True).flatten(-2)
@@ -42,7 +44,9 @@ def prune(model: nn.Module, fraction: float, pattern: str = "unstructured") -> N
     for name, quantizer in named_quantizers(model):
         if isinstance(quantizer, WeightQuantizer):
             if quantizer.rotated is None:
-                raise ValueError(f"{name}: a packed weight cannot be pruned; start from the float one")
+                raise ValueError(
+                    f"{name}: a packed weight cannot be pruned; start from the float one"
+                )
             quantizer.mask = (
                 magnitude_mask(quantizer.rotated, fraction, pattern) if fraction else None
             )

@@ -1,22 +1,7 @@
-"""How a float model becomes a quantized one: the specification, the quantizers, the swapped blocks.
-
-A Swin block is swapped as a whole (a block is what one fused kernel replaces). Its 16 quantizers:
-inputs and weights of q, k, v, proj, fc1, fc2, and the four operands of attention (query times
-d^-0.5, key, value, softmax). Each operand is rotated once on its last axis, quantized, and
-multiplied in the rotated domain, because (X T)(W T)^T = X W^T. What can be folded is folded:
-
-- one rotation of the normalized tokens serves q, k and v;
-- the rotations of query, key and value on the head axis go into the q, k and v weights;
-- softmax(S) is rotated over its 64 tokens, so V^ is mixed by T^T before the product;
-- the way back from the value's rotation and the rotation before proj are one matrix.
-
-A padded transform (order > size) is no rotation of the coefficients it adds, so there the
-projection T^T T stands between two quantized operands.
-"""
+"""What is quantized and how: the methods, the specification, and the quantizers of one site."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterator
@@ -26,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
-from .models import swinir
-from .transforms import TRANSFORMS, next_power_of_two, transform_matrix
+from .transforms import TRANSFORMS
 
 TRANSFORM_GROUPS = ("qkv", "query_key", "value", "attention", "proj", "fc1", "fc2")
 PRUNING_PATTERNS = ("unstructured", "2:4")
@@ -99,9 +83,10 @@ class QuantSpec:
     def __post_init__(self):
         for name in ("bits", "weight_bits", "activation_bits"):
             value = getattr(self, name)
-            if name == "bits" or value is not None:
-                if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 8:
-                    raise ValueError(f"{name}: {value!r} is not a whole number from 1 to 8")
+            if value is None and name != "bits":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 8:
+                raise ValueError(f"{name}: {value!r} is not a whole number from 1 to 8")
         _one_of("method", self.method, METHODS)
         if self.transform is not None:
             _one_of("transform", self.transform, TRANSFORMS)
@@ -117,7 +102,9 @@ class QuantSpec:
         if not 0 <= self.pruning <= 0.99:
             raise ValueError(f"pruning: {self.pruning} is not between 0 and 0.99")
         if self.pruning_pattern == "2:4" and self.pruning not in (0, 0.5):
-            raise ValueError(f"pruning: the pattern 2:4 prunes 0.5 of the weights, not {self.pruning}")
+            raise ValueError(
+                f"pruning: the pattern 2:4 prunes 0.5 of the weights, not {self.pruning}"
+            )
         if not 50 < self.percentile <= 100:
             raise ValueError(f"percentile: {self.percentile} is not above 50 and at most 100")
 
@@ -144,7 +131,9 @@ class QuantSpec:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(fields) - known)
         if unknown:
-            raise ValueError(f"spec: unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}")
+            raise ValueError(
+                f"spec: unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}"
+            )
         return cls(**fields)
 
 
@@ -174,7 +163,9 @@ class Quantizer(nn.Module):
         self.site = ""  # its name in the model, for error messages
         self.observer: Callable[[Quantizer, Tensor], None] | None = None
         for name in ("lower", "upper", "alpha", "beta"):
-            start = torch.zeros(shape) if name in ("alpha", "beta") else torch.full(shape, torch.nan)
+            start = (
+                torch.zeros(shape) if name in ("alpha", "beta") else torch.full(shape, torch.nan)
+            )
             self.register_parameter(name, nn.Parameter(start, requires_grad=name in method.learn))
 
     @property
@@ -262,7 +253,13 @@ class WeightQuantizer(Quantizer):
     @property
     def size(self) -> torch.Size:
         """(C_out, order)"""
-        return (self.rotated if self.integers is None else self.integers).shape
+        return self._held.shape
+
+    @property
+    def _held(self) -> Tensor:
+        held = self.rotated if self.integers is None else self.integers
+        assert held is not None
+        return held
 
     def searched(self, x: Tensor) -> Tensor:
         if self.searched_rows is not None and self.lower.dim() == 0:
@@ -274,10 +271,10 @@ class WeightQuantizer(Quantizer):
         """The codes (uint8) of the weight, 0 where it is pruned."""
         if self.integers is not None:
             return self.integers
+        if self.codes != "clamped":
+            raise ValueError("codes: unclamped codes need not fit 8 bits; they have no packed form")
         grid = self.grid()
-        integers = kernels.quantize_codes(
-            self.rotated, *grid[:4], bits=self.bits, codes=self.codes
-        )
+        integers = kernels.quantize_codes(self._held, *grid[:4], bits=self.bits, codes=self.codes)
         return (integers if self.mask is None else integers * self.mask).to(torch.uint8)
 
     def freeze(self, integers: Tensor | None = None) -> None:
@@ -292,211 +289,11 @@ class WeightQuantizer(Quantizer):
             scale, zero = kernels.step_and_zero(*grid[:4], grid.bits)
             weight = kernels.dequantize(self.integers.to(scale.dtype), scale, zero)
         else:
-            weight = super().forward(self.rotated)
+            weight = super().forward(self._held)
         return weight if self.mask is None else weight * self.mask
 
 
-class QuantLinear(nn.Module):
-    """y = fq(x T) W^^T + bias, x already rotated; W^ as its WeightQuantizer gives it.
-
-    after: a constant (C_out, C_out') that the output is multiplied by, folded into W^ and bias.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        transform: str,
-        spec: QuantSpec,
-        after: Tensor | None = None,
-    ):
-        super().__init__()
-        out, size = weight.shape
-        matrix = transform_matrix(transform, size, spec.seed)
-        rotated = weight.double() if matrix is None else weight.double() @ matrix.to(weight.device)
-        padded = matrix is not None and matrix.shape[0] != matrix.shape[1]
-        self.input = Quantizer(spec.bits_of_activations, spec, searched=size if padded else None)
-        self.weight = WeightQuantizer(
-            rotated.to(weight.dtype),
-            spec.bits_of_weights,
-            spec,
-            next_power_of_two(out) if padded else None,
-        )
-        self.register_buffer("bias", bias)
-        self.register_buffer("after", after, persistent=False)
-        projection = _projection(matrix)
-        projection = None if projection is None else projection.to(weight)
-        self.register_buffer("projection", projection, persistent=False)
-
-    def effective(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (order, C_out') and bias (C_out') with everything constant folded in."""
-        weight, bias = self.weight().mT, self.bias
-        if self.projection is not None:
-            weight = self.projection @ weight
-        if self.after is not None:
-            weight = weight @ self.after
-            bias = bias if bias is None else bias @ self.after
-        return weight, bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., order), rotated. Returns (..., C_out')."""
-        weight, bias = self.effective()
-        return multiply(x, weight, self.input, bias=bias)
-
-
-def multiply(
-    a: Tensor,
-    b: Tensor,
-    quantizer: Quantizer,
-    *,
-    bias: Tensor | None = None,
-    rotation: Tensor | None = None,
-) -> Tensor:
-    """quantizer(a @ rotation) @ b + bias, as one op unless the quantizer is being observed."""
-    if quantizer.observer is None:
-        return kernels.quant_matmul(a, b, quantizer.grid(), bias=bias, rotation=rotation)
-    product = quantizer(a if rotation is None else a @ rotation) @ b
-    return product if bias is None else product + bias
-
-
-# --- Swin block ------------------------------------------------------------------------------------
-
-
-def _per_head(matrix: Tensor | None, heads: int) -> Tensor | None:
-    return None if matrix is None else torch.block_diag(*[matrix] * heads)
-
-
-def _projection(matrix: Tensor | None) -> Tensor | None:
-    """T^T T where it is not the identity."""
-    return None if matrix is None or matrix.shape[0] == matrix.shape[1] else matrix.mT @ matrix
-
-
-class QuantSwinBlock(nn.Module):
-    """A Swin block with its 16 quantizers; tokens (B, H, W, C) in and out, like the float block."""
-
-    def __init__(self, block: swinir.SwinBlock, spec: QuantSpec, name: str):
-        super().__init__()
-        attention, mlp = block.attn, block.mlp
-        dim, heads = attention.proj.in_features, attention.heads
-        head, tokens = dim // heads, attention.window**2
-        self.heads, self.window, self.shift = heads, block.window, block.shift
-        weight = attention.qkv.weight
-        device, dtype = weight.device, weight.dtype
-
-        def matrix(group: str, size: int) -> Tensor | None:
-            found = transform_matrix(spec.transform_of(name, group), size, spec.seed)
-            return None if found is None else found.to(device)
-
-        head_matrix, value_matrix = matrix("query_key", head), matrix("value", head)
-        token_matrix = matrix("attention", tokens)
-        identity = torch.eye(dim, dtype=torch.float64, device=device)
-        after_qk = _per_head(head_matrix, heads)
-        after_q = (identity if after_qk is None else after_qk) * head**-0.5
-        after_v = _per_head(value_matrix, heads)
-        rotate_proj = matrix("proj", dim)
-        back = None if after_v is None else after_v.mT
-        if back is not None and rotate_proj is not None:
-            rotate_proj = back @ rotate_proj
-        elif rotate_proj is None:
-            rotate_proj = back
-
-        def linear(layer: nn.Linear, group: str, part: int | None = None, after=None) -> QuantLinear:
-            weight, bias = layer.weight.detach(), layer.bias
-            bias = None if bias is None else bias.detach()
-            if part is not None:
-                weight = weight.chunk(3)[part]
-                bias = None if bias is None else bias.chunk(3)[part]
-            after = None if after is None else after.to(dtype)
-            return QuantLinear(weight.clone(), bias, spec.transform_of(name, group), spec, after)
-
-        def activation(size: int, found: Tensor | None) -> Quantizer:
-            padded = found is not None and found.shape[0] != found.shape[1]
-            return Quantizer(spec.bits_of_activations, spec, searched=size if padded else None)
-
-        self.norm1 = block.norm1
-        self.q = linear(attention.qkv, "qkv", 0, after_q)
-        self.k = linear(attention.qkv, "qkv", 1, after_qk)
-        self.v = linear(attention.qkv, "qkv", 2, after_v)
-        self.query = activation(head, head_matrix)
-        self.key = activation(head, head_matrix)
-        self.value = activation(head, value_matrix)
-        self.attention = activation(tokens, token_matrix)
-        self.relative_position_bias_table = attention.relative_position_bias_table
-        self.proj = linear(attention.proj, "proj")
-        self.norm2 = block.norm2
-        self.fc1 = linear(mlp.fc1, "fc1")
-        self.fc2 = linear(mlp.fc2, "fc2")
-        constants = {
-            "rotate_qkv": matrix("qkv", dim),
-            "rotate_attention": token_matrix,
-            "rotate_proj": rotate_proj,
-            "rotate_fc1": matrix("fc1", dim),
-            "rotate_fc2": matrix("fc2", mlp.fc1.out_features),
-            "project_key": _projection(head_matrix),
-        }
-        for key, value in constants.items():
-            value = None if value is None else value.to(dtype).contiguous()
-            self.register_buffer(key, value, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        _, height, width, _ = x.shape
-        size = height, width, self.window, self.shift
-        windows = swinir.to_windows(self.norm1(x), self.window, self.shift)
-        x = x + swinir.from_windows(self._attend(windows, size), *size)
-        hidden = F.gelu(self.fc1(_rotate(self.norm2(x), self.rotate_fc1)))
-        return x + self.fc2(_rotate(hidden, self.rotate_fc2))
-
-    def _attend(self, x: Tensor, size: tuple[int, int, int, int]) -> Tensor:
-        """x: (B * windows, N, C). Returns the same shape, after proj."""
-        x = _rotate(x, self.rotate_qkv)
-        windows = size[0] // self.window * (size[1] // self.window)
-        q, k, v = (self._split(linear(x), windows) for linear in (self.q, self.k, self.v))
-        if self.project_key is None and self.query.observer is None:
-            scores = kernels.quant_matmul(q, k.mT, self.query.grid(), self.key.grid())
-        else:
-            scores = multiply(q, _rotate(self.key(k), self.project_key).mT, self.query)
-        scores = swinir.add_bias(scores, self.relative_position_bias_table, size)
-        mixed = self.value(v)
-        if self.rotate_attention is not None:
-            mixed = self.rotate_attention.mT @ mixed
-        out = multiply(
-            scores.softmax(-1), mixed, self.attention, rotation=self.rotate_attention
-        )
-        return self.proj(_rotate(out.transpose(2, 3).flatten(0, 1).flatten(2), self.rotate_proj))
-
-    def _split(self, x: Tensor, windows: int) -> Tensor:
-        """(B * windows, N, heads * d) -> (B, windows, heads, N, d)"""
-        return x.unflatten(-1, (self.heads, -1)).unflatten(0, (-1, windows)).transpose(2, 3)
-
-
-def _rotate(x: Tensor, matrix: Tensor | None) -> Tensor:
-    return x if matrix is None else x @ matrix
-
-
 # --- Whole models ----------------------------------------------------------------------------------
-
-
-def swap_blocks(model: nn.Module, spec: QuantSpec) -> nn.Module:
-    """A copy of a float model with every Swin block replaced by its quantized form, not calibrated.
-
-    Everything that stays float is rounded to spec.storage here, so that what is trained and
-    measured is what the file holds. Only the scalars that spec.method learns require gradients.
-    The copy has `.spec`. Raises ValueError for a model without blocks to quantize.
-    """
-    if quant_spec(model) is not None:
-        raise ValueError("model: it is quantized already; start from the float model")
-    if not isinstance(model, swinir.SwinIR):
-        raise ValueError(f"model: {type(model).__name__} has no quantized form; only SwinIR has one")
-    model = copy.deepcopy(model).requires_grad_(False)
-    for name, parent, position, block in list(model.named_blocks()):
-        parent[position] = QuantSwinBlock(block, spec, name)
-    first = next(model.parameters())
-    for name, quantizer in named_quantizers(model):
-        quantizer.to(first.device, first.dtype).site = name
-    for tensor in stored_as_float(model).values():
-        tensor.copy_(tensor.to(STORAGE[spec.storage]))
-    model.spec = spec
-    return model
 
 
 def stored_as_float(model: nn.Module) -> dict[str, Tensor]:

@@ -54,9 +54,7 @@ RECIPES = {
     "swinir-nano-x2": Recipe(
         "the network of the demo from scratch: 2 layers of 2 blocks, 80 minutes on 2 CPU cores",
         method=("float",),
-        architecture=SwinIRConfig(
-            scale=2, depths=(2, 2), num_heads=(6, 6), mlp_hidden=(120, 120)
-        ),
+        architecture=SwinIRConfig(scale=2, depths=(2, 2), num_heads=(6, 6), mlp_hidden=(120, 120)),
         steps=18_000,
         batch=8,
         patch=(32,),

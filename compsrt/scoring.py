@@ -1,4 +1,4 @@
-"""Models side by side: quality on test sets beside what each model costs, as rows and as a table."""
+"""Models side by side: quality on test sets beside what each model costs, as rows and a table."""
 
 from __future__ import annotations
 
@@ -76,13 +76,21 @@ def _levels(model: nn.Module, sets: dict[str, list[Pair]], scale: int) -> int | 
 
 def table(rows: list[dict[str, Any]], *, markdown: bool = False) -> str:
     """The rows of `score` as text; a column that no row has is left out."""
+    lines, shown, decimals = columns(rows)
+    return format_table(lines, shown, decimals=decimals, markdown=markdown)
+
+
+def columns(
+    rows: list[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], dict[str, str], dict[str, int]]:
+    """What a table of the rows of `score` shows: flat lines, key -> heading, key -> decimals."""
     tests = list(rows[0]["tests"]) if rows else []
-    columns = {"model": "model"}
+    headings = {"model": "model"}
     decimals = {"kB": 1, "bits_per_weight": 2, "ratio": 2, "milliseconds": 0, "seconds": 0}
     for test in tests:
-        columns |= {f"{test} psnr": f"{test} PSNR", f"{test} ssim": "SSIM"}
+        headings |= {f"{test} psnr": f"{test} PSNR", f"{test} ssim": "SSIM"}
         decimals |= {f"{test} psnr": 3, f"{test} ssim": 4}
-    columns |= {
+    headings |= {
         "bits_per_weight": "bits/weight",
         "kB": "file kB",
         "ratio": "float/file",
@@ -98,13 +106,11 @@ def table(rows: list[dict[str, Any]], *, markdown: bool = False) -> str:
         }
         for row in rows
     ]
-    shown = {key: head for key, head in columns.items() if any(line.get(key) for line in lines)}
-    return format_table(lines, shown, decimals=decimals, markdown=markdown)
+    shown = {key: head for key, head in headings.items() if any(line.get(key) for line in lines)}
+    return lines, shown, decimals
 
 
-def write(
-    folder: Path, name: str, report: dict[str, Any], pictures: list[dict[str, Any]]
-) -> None:
+def write(folder: Path, name: str, report: dict[str, Any], pictures: list[dict[str, Any]]) -> None:
     """NAME.json: the report and the values of every picture; NAME.csv: these alone."""
     # Identical pictures have an infinite PSNR, which JSON has no word for.
     text = json.dumps({**report, "pictures": pictures})

@@ -97,7 +97,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
                            help="weight scales per output channel")  # fmt: skip
     quantizer.add_argument("--one-sided", choices=("auto", "never"), default="auto",
                            help="whether DOBI may choose a one-sided range")  # fmt: skip
-    quantizer.add_argument("--percentile", type=float, default=99.9, help="of the method percentile")
+    quantizer.add_argument(
+        "--percentile", type=float, default=99.9, help="of the method percentile"
+    )
     quantizer.add_argument("--pruning", type=float, nargs="+", default=[0.0], metavar="SHARE",
                            help="of the weights that become zero, 0 to 0.99; several: one run each")  # fmt: skip
     quantizer.add_argument("--pruning-pattern", choices=PRUNING_PATTERNS, default="unstructured",
@@ -128,7 +130,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     training.add_argument("--compile", action="store_true",
                           help="run the training forward through torch.compile")  # fmt: skip
     general = parser.add_argument_group("run")
-    general.add_argument("--output", type=Path, metavar="DIR", help="default runs/RECIPE or runs/METHOD")
+    general.add_argument(
+        "--output", type=Path, metavar="DIR", help="default runs/RECIPE or runs/METHOD"
+    )
     general.add_argument("--resume", action="store_true", help="go on where a run stopped")
     general.add_argument("--force", action="store_true", help="overwrite what is in --output")
     general.add_argument("--seed", type=int, default=0)
@@ -158,7 +162,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _demo_defaults(parser: ArgumentParser, options: argparse.Namespace, argv: Sequence[str]) -> None:
+def _demo_defaults(
+    parser: ArgumentParser, options: argparse.Namespace, argv: Sequence[str]
+) -> None:
     """Without --train: the shipped model and scikit-image's photographs, and options fit for them."""
     from compsrt import demo
 
@@ -257,9 +263,7 @@ def _specs(options: argparse.Namespace) -> list[Any]:
     }
     return [
         QuantSpec(method=method, bits=bits, pruning=share, site_transforms=tuple(sites), **shared)
-        for method, bits, share in itertools.product(
-            options.method, options.bits, options.pruning
-        )
+        for method, bits, share in itertools.product(options.method, options.bits, options.pruning)
     ]
 
 
@@ -306,7 +310,9 @@ def _schedule(options: argparse.Namespace) -> Any:
     from compsrt.trainer import Schedule
 
     fields = {field.name for field in dataclasses.fields(Schedule)} & set(vars(options))
-    return Schedule(patches=tuple(options.patch), **{name: getattr(options, name) for name in fields})
+    return Schedule(
+        patches=tuple(options.patch), **{name: getattr(options, name) for name in fields}
+    )
 
 
 def _compress(
@@ -350,6 +356,7 @@ def _compress(
         schedule=schedule,
         validation=validation,
         feature_weight=options.feature_weight,
+        compiled=options.compile,
         folder=folder,
         settings=settings,
         resume=options.resume,
@@ -405,7 +412,9 @@ def _train_float(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | 
         trainer.resume()
     began = time.perf_counter(), trainer.step
     trainer.fit()
-    speed = (trainer.step - began[1]) * options.batch * ranks.world / (time.perf_counter() - began[0])
+    speed = (
+        (trainer.step - began[1]) * options.batch * ranks.world / (time.perf_counter() - began[0])
+    )
     trainer.load_best()
     model = objective.model
     path = options.output / "model.safetensors"

@@ -38,7 +38,8 @@ from .files import atomic_write
 class Objective(Protocol):
     """What a Trainer trains."""
 
-    optimizer: torch.optim.Optimizer
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
 
     @property
     def model(self) -> nn.Module:
@@ -53,8 +54,8 @@ class Objective(Protocol):
         """One optimizer step with the gradients that are there."""
         ...
 
-    def not_finite(self) -> str:
-        """The name of what first became NaN or infinite."""
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What the optimizer moves, by name."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -94,7 +95,9 @@ class Schedule:
         if self.steps < 0 or self.warmup < 0:
             raise ValueError("steps and warmup: negative numbers make no sense")
         if self.batch % self.accumulate:
-            raise ValueError(f"accumulate: {self.accumulate} does not divide the batch {self.batch}")
+            raise ValueError(
+                f"accumulate: {self.accumulate} does not divide the batch {self.batch}"
+            )
         if not self.patches or min(self.patches) < 8:
             raise ValueError(f"patch: {self.patches} holds a side below 8 pixels")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
@@ -253,8 +256,12 @@ class Trainer:
             bar.close()
 
     def _asked_to_stop(self) -> bool:
-        """Whether any process was interrupted: they stop together, after the same step."""
-        return self.interrupted if self.ranks.world == 1 else any(self.ranks.gather(self.interrupted))
+        """Whether any process was interrupted: they stop together, at a step that is logged."""
+        if self.ranks.world == 1:
+            return self.interrupted
+        if self.step % self.schedule.log_every:
+            return False
+        return any(self.ranks.gather(self.interrupted))
 
     def _gradients(self) -> dict[str, Tensor]:
         """Losses of one step; the gradients are in place, averaged over parts and processes."""
@@ -270,37 +277,47 @@ class Trainer:
             for key, value in losses.items():
                 sums[key] = sums.get(key, 0) + value.detach() / schedule.accumulate
         if ranks.world > 1:
-            self._average(objective.optimizer)
+            self._average(list(objective.trained().values()))
         return sums
 
-    def _average(self, optimizer: torch.optim.Optimizer) -> None:
-        """One all-reduce of all gradients as a single vector, then divided by their number."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([p.grad.flatten() for p in parameters])
+    def _average(self, parameters: list[nn.Parameter]) -> None:
+        """Gradients averaged over the processes, by one all-reduce of all as a single vector."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
         flat /= self.ranks.world
-        for parameter, part in zip(
-            parameters, flat.split([p.numel() for p in parameters]), strict=True
-        ):
-            parameter.grad.copy_(part.view_as(parameter))
+        parts = flat.split([p.numel() for p in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter).clone()
 
     def _check(self, losses: dict[str, Tensor]) -> None:
         if not all(math.isfinite(float(value)) for value in losses.values()):
-            raise ValueError(
-                f"step {self.step}: the loss is not finite; first in {self.objective.not_finite()}"
-            )
+            raise self._not_finite("loss")
+
+    def _not_finite(self, what: str) -> ValueError:
+        first = _first_not_finite(self.objective.trained())
+        return ValueError(f"step {self.step}: the {what} is not finite; first in {first}")
 
     def _validate(self, logger: _Logger) -> None:
         if self.validation is None:
             return
-        value = self.validation.psnr(self.objective.model)
+        try:
+            value = self.validation.psnr(self.objective.model)
+        except ValueError:  # the output is no picture
+            raise self._not_finite("output") from None
         logger.log(self.step, {"validation_psnr": value})
         if self.best is None or value > self.best[0]:
             copies = {k: v.detach().cpu().clone() for k, v in self.objective.learned().items()}
             self.best = value, self.step, copies
+
+
+def _first_not_finite(parameters: dict[str, nn.Parameter]) -> str:
+    """The name of the first parameter that is NaN or infinite, else of the first such gradient."""
+    for values in (parameters, {name: p.grad for name, p in parameters.items()}):
+        for name, value in values.items():
+            if value is not None and not torch.isfinite(value).all():
+                return name
+    return "the output alone"
 
 
 class _Logger:

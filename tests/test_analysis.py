@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from compsrt import kernels
 from compsrt.analysis import errors, measures, paired, tensors
 from compsrt.calibration import search_bounds
+from compsrt.models.quant_swinir import swap_blocks
 from compsrt.models.swinir import SwinIR, SwinIRConfig
-from compsrt.quantization import QuantSpec, named_quantizers, swap_blocks
+from compsrt.quantization import QuantSpec, named_quantizers
 from compsrt.transforms import TRANSFORMS, transform_matrix
 
 

@@ -25,6 +25,7 @@ from compsrt.checkpoint import (
     size_report,
 )
 from compsrt.data import read_image, to_tensor
+from compsrt.models.quant_swinir import swap_blocks
 from compsrt.models.swinir import SwinIR, SwinIRConfig
 from compsrt.pruning import prune
 from compsrt.quantization import (
@@ -32,7 +33,6 @@ from compsrt.quantization import (
     QuantSpec,
     WeightQuantizer,
     named_quantizers,
-    swap_blocks,
 )
 from compsrt.transforms import TRANSFORMS
 

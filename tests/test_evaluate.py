@@ -16,8 +16,9 @@ from compsrt.calibration import calibrate
 from compsrt.checkpoint import save_float, save_packed
 from compsrt.cli import run
 from compsrt.data import imresize, write_image
+from compsrt.models.quant_swinir import swap_blocks
 from compsrt.models.swinir import SwinIR, SwinIRConfig
-from compsrt.quantization import QuantSpec, swap_blocks
+from compsrt.quantization import QuantSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -46,7 +46,9 @@ def test_wrong_requests_are_refused(weight, fraction, pattern, words):
         magnitude_mask(weight, fraction, pattern)
 
 
-@pytest.mark.parametrize(("share", "pattern"), [(0.4, "unstructured"), (0.99, "unstructured"), (0.5, "2:4")])
+@pytest.mark.parametrize(
+    ("share", "pattern"), [(0.4, "unstructured"), (0.99, "unstructured"), (0.5, "2:4")]
+)
 def test_pruned_weights_contribute_exactly_zero(share, pattern):
     spec = QuantSpec(bits=2, pruning=share, pruning_pattern=pattern)
     quantized = compsrt.quantize(tiny_swinir(), spec, torch.rand(1, 3, 16, 16))

@@ -10,13 +10,13 @@ from networks import golden_swinir, tiny_swinir
 import compsrt
 from compsrt import checkpoint, transforms
 from compsrt.calibration import calibrate
+from compsrt.models.quant_swinir import swap_blocks
 from compsrt.quantization import (
     METHODS,
     QuantSpec,
     WeightQuantizer,
     named_quantizers,
     quantizers,
-    swap_blocks,
 )
 
 PAPER = {"one_sided": "never", "storage": "float32"}
@@ -218,7 +218,9 @@ def test_a_swapped_model_leaves_the_float_one_alone_and_learns_only_scalars():
     quantized = compsrt.quantize(model, QuantSpec(method="2dquant"), torch.rand(1, 3, 16, 16))
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
-    learned = {name.rpartition(".")[2] for name, p in quantized.named_parameters() if p.requires_grad}
+    learned = {
+        name.rpartition(".")[2] for name, p in quantized.named_parameters() if p.requires_grad
+    }
     assert learned == {"lower", "upper"}
     with pytest.raises(ValueError, match="already"):
         swap_blocks(quantized, QuantSpec())

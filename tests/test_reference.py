@@ -50,9 +50,7 @@ def test_fake_quantize_equals_the_published_module(shared, method, case, bits, d
             if name:
                 alpha, beta = (scalar(file[start + name + k], dtype) for k in ("alpha", "beta"))
             rotated, back = published(x, method)
-            y = reference.fake_quantize(
-                rotated, lower, upper, alpha, beta, bits=bits, codes=codes
-            )
+            y = reference.fake_quantize(rotated, lower, upper, alpha, beta, bits=bits, codes=codes)
             out = back(y)
             (out * g).sum().backward()
             step, _ = reference.step_and_zero(lower, upper, alpha, beta, bits)

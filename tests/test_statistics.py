@@ -20,8 +20,9 @@ from compsrt.analysis import dumps, measures, paired, results, tensors
 from compsrt.calibration import calibrate
 from compsrt.checkpoint import load, save_float, save_packed
 from compsrt.cli import run
+from compsrt.models.quant_swinir import swap_blocks
 from compsrt.models.swinir import SwinIR, SwinIRConfig
-from compsrt.quantization import QuantSpec, swap_blocks
+from compsrt.quantization import QuantSpec
 
 TENSORS = 2 * 14  # two blocks, each of 16 sites of which three share their input
 FIRST = "layers.0.residual_group.blocks.0"

@@ -21,12 +21,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from compsrt.models.quant_swinir import swap_blocks
 from compsrt.quantization import (
     Quantizer,
     QuantSpec,
     WeightQuantizer,
     named_quantizers,
-    swap_blocks,
 )
 from compsrt.transforms import next_power_of_two, transform_matrix
 

@@ -206,10 +206,11 @@ def faults(lines: Sequence[dict[str, Any]], committed: dict[str, Any]) -> list[s
             found.append(f"{name} needs {line['shared']} bytes of shared memory")
         if line["product"] and not line["tensor"]:
             found.append(f"{name} has a matrix product but no tensor-core instruction")
-        old = before.get((line["kernel"], line["target"]))
-        if known and old is None:
+        old = before.get((line["kernel"], line["target"]), None if known else line)
+        if old is None:
             found.append(f"{name} is not in the committed table")
-        for key in ("registers", "spill", "shared") if old else ():
+            continue
+        for key in ("registers", "spill", "shared"):
             if (line[key] or 0) > GROWTH * (old[key] or 0):
                 found.append(f"{name}: {key} went up from {old[key]} to {line[key]}")
     return found

@@ -32,7 +32,9 @@ from .dispatch import device_of, tl, triton, use_triton
 
 LARGEST_ORDER = 1024
 LARGEST_BASE = 128  # with 64, the 16 pieces of order 1024 spill registers on gfx942
-BYTES = 16384  # of x that a program of four warps holds: float32 spills registers with twice that
+# Rows, warps and depth of a program are those that spill no register on any target of aot.py;
+# their speed is not measured yet.
+BYTES = 4096  # of x for each warp
 
 
 # --- Kernels -------------------------------------------------------------------------------------
@@ -93,7 +95,7 @@ def _hadamard_kernel(
     pieces = ()
     for part in tl.static_range(PARTS):
         piece = tl.zeros((ROWS, WIDTH), tl.float32)
-        for start in tl.static_range(0, WIDTH, DEPTH):
+        for start in tl.range(0, WIDTH, DEPTH, num_stages=3):
             k = start + tl.arange(0, DEPTH)
             entry = part * BASE + k[None, :]
             inside = known & (k[None, :] < BASE) & (entry < SIZE)
@@ -114,7 +116,9 @@ def _hadamard_kernel(
 
 @functools.lru_cache(maxsize=256)
 def _factors(order: int) -> tuple[int, int]:
-    """PARTS and BASE of an order. Raises ValueError for one without a kernel."""
+    """PARTS and BASE of an order. Raises ValueError for one without a matrix or a kernel."""
+    if not transforms.has_hadamard(order):
+        transforms.hadamard(order)  # says so, and what to use instead
     parts, base = 1, order
     while base > LARGEST_BASE and base % 2 == 0 and transforms.has_hadamard(base // 2):
         parts, base = 2 * parts, base // 2
@@ -124,6 +128,11 @@ def _factors(order: int) -> tuple[int, int]:
             " or COMPSRT_KERNELS=reference"
         )
     return parts, base
+
+
+@torch.compiler.assume_constant_result  # nothing for a compiler to trace
+def _check(order: int) -> None:
+    _factors(order)
 
 
 @functools.lru_cache(maxsize=64)
@@ -145,7 +154,8 @@ def _transform(x: Tensor, order: int, size_out: int, transposed: bool, scale: fl
     signs_type = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
     signs = _signs(base, transposed, x.device, signs_type)
     width = signs.shape[0]
-    block = max(16, min(128, BYTES // (parts * width * x.element_size())))
+    warps = 4 if parts * width <= 128 else 8
+    block = min(128, warps * BYTES // (width * x.element_size())) if parts == 1 else 16
     with device_of(x):
         _hadamard_kernel[(triton.cdiv(len(x), block),)](
             x,
@@ -159,9 +169,9 @@ def _transform(x: Tensor, order: int, size_out: int, transposed: bool, scale: fl
             PARTS=parts,
             BASE=base,
             WIDTH=width,
-            DEPTH=min(width, 64),
+            DEPTH=min(width, 32 if parts == 1 else 8192 // width),
             ROWS=block,
-            num_warps=4 if parts <= 4 else 8,
+            num_warps=warps,
         )
     return out
 
@@ -205,9 +215,7 @@ def hadamard_transform(x: Tensor, order: int | None = None, *, scale: float = 1.
     order = size if order is None else order
     if order < size:
         raise ValueError(f"order: {order} is below the {size} entries of x's last axis")
-    if not transforms.has_hadamard(order):
-        transforms.hadamard(order)  # says so, and what to use instead
-    _factors(order)
+    _check(order)
     return _hadamard(x, order, order, False, float(scale))
 
 

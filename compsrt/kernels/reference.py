@@ -25,6 +25,7 @@ computed in float32. Sources: 2DQuant (NeurIPS 2024) for bounds and their gradie
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -180,9 +181,12 @@ def _backward(
     return inside.mul_(g).to(x.dtype), [d_lower, d_upper, d_scale, d_zero], output
 
 
-def _scalar_gradients(scalars: tuple, gradients: list[Tensor | None]) -> list[Tensor | None]:
+def _scalar_gradients(scalars: tuple, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients in the shapes and types of the scalars, None for those that are None."""
     return [
-        None if scalar is None else gradient.reshape(scalar.shape).to(scalar.dtype)
+        None
+        if scalar is None or gradient is None
+        else gradient.reshape(scalar.shape).to(scalar.dtype)
         for scalar, gradient in zip(scalars, gradients, strict=True)
     ]
 
@@ -250,7 +254,8 @@ class _QuantMatmul(torch.autograd.Function):
         rotated = a if rotation is None else a @ rotation
         right = b if b_settings is None else _forward(b, b_scalars, *b_settings)
         d_a = d_b = left = None
-        d_a_scalars, d_b_scalars = [None] * 4, [None] * len(b_scalars)
+        d_a_scalars: Sequence[Tensor | None] = [None] * 4
+        d_b_scalars: Sequence[Tensor | None] = [None] * len(b_scalars)
         if need_a:
             d_left = grad @ right.mT
             d_a, d_a_scalars, left = _backward(
@@ -267,11 +272,12 @@ class _QuantMatmul(torch.autograd.Function):
                 d_b = d_right
             else:
                 d_b, d_b_scalars, _ = _backward(d_right, b, b_scalars, *b_settings)
-        d_scalars = _scalar_gradients(a_scalars, d_a_scalars) if need_a else d_a_scalars
-        if need_b and b_settings is not None:
-            d_b_scalars = _scalar_gradients(b_scalars, d_b_scalars)
+        d_scalars = (
+            *_scalar_gradients(a_scalars, d_a_scalars),
+            *_scalar_gradients(b_scalars, d_b_scalars),
+        )
         d_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return (d_a, d_b, d_bias, None, None, None, *d_scalars, *d_b_scalars)
+        return (d_a, d_b, d_bias, None, None, None, *d_scalars)
 
 
 class Grid(NamedTuple):
@@ -311,9 +317,12 @@ def quant_matmul(
 # --- DOBI ----------------------------------------------------------------------------------------
 
 
-def _sort_rows(x: Tensor) -> Tensor:
+def sort_rows(x: Tensor) -> Tensor:
+    """x (R, N) with every row in ascending order."""
     # NumPy sorts float32 with vector instructions: 12 times as fast as torch.sort on a CPU.
-    return torch.from_numpy(np.sort(x.numpy(), axis=-1)) if x.device.type == "cpu" else x.sort().values
+    return (
+        torch.from_numpy(np.sort(x.numpy(), axis=-1)) if x.device.type == "cpu" else x.sort().values
+    )
 
 
 def search_bounds(
@@ -332,7 +341,7 @@ def search_bounds(
     whole tensor once a candidate instead. Source: 2DQuant, section 3.2, Algorithm 1.
     """
     check_quantizer(bits, "clamped")
-    rows = _sort_rows(_wide(x.detach()))
+    rows = sort_rows(_wide(x.detach()))
     levels = 2**bits
     least, greatest = rows[:, :1].double(), rows[:, -1:].double()
     shrink = torch.arange(candidates, dtype=torch.float64, device=x.device)

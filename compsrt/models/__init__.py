@@ -30,7 +30,9 @@ def describe_state_dict(state: Mapping[str, Tensor]) -> str:
         return "EDSR"
     if has("body.0.conv1.weight") and has("conv_after_body"):
         return "EDSR as BasicSR names it"
-    return f"an unknown network ({len(keys)} tensors, the first is {keys[0]!r})" if keys else "empty"
+    return (
+        f"an unknown network ({len(keys)} tensors, the first is {keys[0]!r})" if keys else "empty"
+    )
 
 
 def from_state_dict(state: Mapping[str, Tensor]) -> nn.Module:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -217,8 +217,7 @@ class ResidualLayer(nn.Module):
     def __init__(self, config: SwinIRConfig, index: int):
         super().__init__()
         dim, window = config.embed_dim, config.window_size
-        self.residual_group = nn.Module()
-        self.residual_group.blocks = nn.ModuleList(
+        blocks = (
             SwinBlock(
                 dim,
                 config.num_heads[index],
@@ -229,11 +228,14 @@ class ResidualLayer(nn.Module):
             )
             for i in range(config.depths[index])
         )
+        self.residual_group = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
         self.conv = _residual_conv(dim, config.resi_connection)
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return self.residual_group.blocks
+        blocks = self.residual_group["blocks"]
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
@@ -252,6 +254,9 @@ class _PatchEmbed(nn.Module):
 
 class SwinIR(nn.Module):
     """SwinIR on RGB (or grey) pictures in [0, 1]: (B, C, H, W) -> (B, C, scale H, scale W)."""
+
+    mean: Tensor
+    layers: nn.ModuleList
 
     def __init__(self, config: SwinIRConfig):
         super().__init__()
@@ -301,9 +306,10 @@ class SwinIR(nn.Module):
         """The modules whose outputs a student is asked to match (B, H, W, C): the layers."""
         return self.layers
 
-    def named_blocks(self):
+    def named_blocks(self) -> Iterator[tuple[str, nn.ModuleList, int, nn.Module]]:
         """(official name, parent list, position, block) of every Swin block."""
         for i, layer in enumerate(self.layers):
+            assert isinstance(layer, ResidualLayer)
             for j, block in enumerate(layer.blocks):
                 yield f"layers.{i}.residual_group.blocks.{j}", layer.blocks, j, block
 
