@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor
@@ -41,6 +42,11 @@ DEVICES = [
     ),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
+
+# For @given: shrinking a failure takes many calls, and an interpreted kernel is slow.
+without_shrinking = hypothesis.settings(
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate]
+)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from shapes import DEVICES, TYPES, randn, triton_only
+from shapes import DEVICES, TYPES, randn, triton_only, without_shrinking
 
 from compsrt import kernels
 from compsrt.kernels import bounds, reference
@@ -44,6 +44,7 @@ def check(x, bits, one_sided, candidates, device):
 
 
 @on_each_device
+@without_shrinking
 @given(
     size=st.sampled_from([(1, 3780), (3, 60), (2, 1), (1, 1023), (2, 257), (0, 5)]),
     dtype=st.sampled_from(TYPES),

@@ -8,7 +8,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from shapes import DEVICES, ORDERS, TYPES, UNIT, assert_as_good, leaves, randn, triton_only
+from shapes import (
+    DEVICES,
+    ORDERS,
+    TYPES,
+    UNIT,
+    assert_as_good,
+    leaves,
+    randn,
+    triton_only,
+    without_shrinking,
+)
 
 from compsrt import kernels, transforms
 from compsrt.kernels import hadamard, reference
@@ -49,6 +59,7 @@ def test_large_orders(device, size, order):
 
 
 @on_each_device
+@without_shrinking
 @given(
     rows=st.sampled_from([(1,), (63,), (2, 0), (2, 3, 65), ()]),
     order=st.sampled_from(ORDERS),

@@ -16,6 +16,7 @@ from shapes import (
     leaves,
     randn,
     triton_only,
+    without_shrinking,
 )
 
 from compsrt import kernels, transforms
@@ -114,6 +115,7 @@ def test_every_kind_of_rotation(device, width, name, back):
 
 
 @on_each_device
+@without_shrinking
 @given(
     rotation=st.sampled_from(ROTATIONS[:4]),
     dtype=st.sampled_from(TYPES),

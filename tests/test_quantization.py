@@ -276,6 +276,20 @@ def test_compiles_as_one_graph():
         torch.testing.assert_close(compiled(x), quantized(x), rtol=0, atol=1e-5)
 
 
+def test_a_distillation_step_compiles_as_one_graph():
+    model = tiny_swinir()
+    x = torch.rand(1, 3, 16, 16)
+    gradients = []
+    for compiled in (False, True):
+        quantized = compsrt.quantize(model, QuantSpec(bits=8), x)
+        forward = (
+            torch.compile(quantized, fullgraph=True, backend="aot_eager") if compiled else quantized
+        )
+        (forward(x) - model(x)).square().mean().backward()
+        gradients.append(torch.stack([q.upper.grad for q in quantizers(quantized).values()]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.95
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

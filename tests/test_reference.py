@@ -127,14 +127,15 @@ finite = st.floats(-0.9, 0.9)
     relative_alpha=st.floats(-0.7, 3),
     relative_beta=st.floats(-2, 2),
     channels=st.sampled_from([(), (5, 1)]),
+    columns=st.sampled_from([1, 63]),
     seed=st.integers(0, 999),
 )
 def test_forward_and_all_gradients_equal_the_definition(
-    bits, codes, bounds, relative_alpha, relative_beta, channels, seed
+    bits, codes, bounds, relative_alpha, relative_beta, channels, columns, seed
 ):
     generator = torch.Generator().manual_seed(seed)
-    x = 1.5 * torch.randn(5, 63, generator=generator, dtype=torch.float64)
-    g = torch.randn(5, 63, generator=generator, dtype=torch.float64)
+    x = 1.5 * torch.randn(5, columns, generator=generator, dtype=torch.float64)
+    g = torch.randn(5, columns, generator=generator, dtype=torch.float64)
     step = (bounds[1] - bounds[0]) / (2**bits - 1)
     values = (*bounds, relative_alpha * step, relative_beta * step)
     spread = 1 + 0.1 * torch.rand(channels, generator=generator, dtype=torch.float64)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import reference, tiles
-from .dispatch import device_of, tl, triton, use_triton
+from .dispatch import on_device_of, tl, triton, use_triton
 
 BLOCK = 256  # entries of a row that a program takes at a time
 STEPS = 64  # times that it does
@@ -98,7 +98,7 @@ def _search(
     parts = x.new_empty(
         (rows, triton.cdiv(columns, block * STEPS), lower.shape[1]), dtype=torch.float32
     )
-    with device_of(x):
+    with on_device_of(x):
         _search_bounds_kernel[(rows * parts.shape[1], triton.cdiv(lower.shape[1], CANDIDATES))](
             x,
             lower.float(),

@@ -68,7 +68,7 @@ def use_triton(x: Tensor) -> bool:
     return True
 
 
-def device_of(x: Tensor) -> contextlib.AbstractContextManager:
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
     """Makes x's device the current one: Triton launches on that, wherever its arguments are."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 

@@ -13,8 +13,8 @@ program keeps its part in registers and writes it to its own place, and a second
 adds the parts up in a fixed order. No atomics, so two runs give the same bits; no value is read
 by the host, so a CUDA graph can capture both.
 
-On a device the codes are those of the reference, bit for bit, and so is v_hat (the launches ask
-the compiler to leave s r + Z two operations).
+Codes and v_hat are meant to be those of the reference (on a CPU) bit for bit: `tiles.divide` is a
+true division, and the launches ask the compiler to leave s r + Z two operations.
 
 Sources: 2DQuant (NeurIPS 2024) for bounds and their gradients, CompSRT (2026) for alpha and beta.
 """
@@ -28,10 +28,12 @@ import torch
 from torch import Tensor
 
 from . import reference, tiles
-from .dispatch import device_of, processors, tl, triton, use_triton
+from .dispatch import on_device_of, processors, tl, triton, use_triton
 
-BYTES_A_THREAD = 32  # two vector loads in flight; not measured yet
-PROGRAMS_A_PROCESSOR = 8  # of four warps each, in the backward; not measured yet
+# For programs of four warps; not measured yet.
+BYTES_FORWARD = 4096  # of x that a program takes: two vector loads a thread
+ENTRIES_BACKWARD = 1024  # that a program takes at a time
+PROGRAMS_BACKWARD = 8  # for each processor: as many as have room at once (occupancy 0.5)
 
 
 # --- Kernels -------------------------------------------------------------------------------------
@@ -144,11 +146,6 @@ def _scalar_gradients_kernel(
 # --- Host ----------------------------------------------------------------------------------------
 
 
-def _block(x: Tensor, columns: int) -> int:
-    """Entries a program of four warps takes at a time."""
-    return min(triton.next_power_of_2(columns), 128 * BYTES_A_THREAD // x.element_size())
-
-
 def _forward(x: Tensor, scalars: Sequence[Tensor], bits: int, clamped: bool) -> Tensor:
     out = x.new_empty(x.shape)
     if x.numel() == 0:
@@ -156,9 +153,9 @@ def _forward(x: Tensor, scalars: Sequence[Tensor], bits: int, clamped: bool) -> 
     x = x.contiguous()
     rows = scalars[0].numel()
     columns = x.numel() // rows
-    block = _block(x, columns)
+    block = min(triton.next_power_of_2(columns), BYTES_FORWARD // x.element_size())
     blocks = triton.cdiv(columns, block)
-    with device_of(x):
+    with on_device_of(x):
         _fake_quantize_fwd_kernel[(rows * blocks,)](
             x,
             out,
@@ -183,10 +180,10 @@ def _backward(
         return dx, x.new_zeros((4, rows), dtype=torch.float32)
     grad, x = grad.contiguous(), x.contiguous()
     columns = x.numel() // rows
-    block = _block(x, columns)
-    enough = triton.cdiv(PROGRAMS_A_PROCESSOR * processors(x.device), rows)
+    block = min(triton.next_power_of_2(columns), ENTRIES_BACKWARD)
+    enough = triton.cdiv(PROGRAMS_BACKWARD * processors(x.device), rows)
     parts = x.new_empty((1, rows, 3, min(triton.cdiv(columns, block), enough)), dtype=torch.float32)
-    with device_of(x):
+    with on_device_of(x):
         _fake_quantize_bwd_kernel[(rows * parts.shape[-1],)](
             grad,
             x,
@@ -212,7 +209,7 @@ def sum_parts(
     """
     _, rows, _, programs = parts.shape
     out = parts.new_empty((len(grids), 4, rows))
-    with device_of(parts):
+    with on_device_of(parts):
         _scalar_gradients_kernel[(rows, len(grids))](
             parts,
             out,
@@ -282,7 +279,7 @@ def give_back(gradients: Tensor, scalars: Sequence[Tensor]) -> list[Tensor]:
 _fake_quantize.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-def four_scalars(
+def check_scalars(
     x: Tensor, lower: Tensor, upper: Tensor, alpha: Tensor | None, beta: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The scalars with zeros for those that are None.
@@ -332,7 +329,7 @@ def fake_quantize(
     if not use_triton(x):
         return reference.fake_quantize(x, lower, upper, alpha, beta, bits=bits, codes=codes)
     reference.check_quantizer(bits, codes)
-    scalars = four_scalars(x, lower, upper, alpha, beta)
+    scalars = check_scalars(x, lower, upper, alpha, beta)
     return _fake_quantize(x, *scalars, bits, codes == "clamped")
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .. import transforms
 from . import reference, tiles
-from .dispatch import device_of, tl, triton, use_triton
+from .dispatch import on_device_of, tl, triton, use_triton
 
 LARGEST_ORDER = 1024
 LARGEST_BASE = 128  # with 64, the 16 pieces of order 1024 spill registers on gfx942
@@ -156,7 +156,7 @@ def _transform(x: Tensor, order: int, size_out: int, transposed: bool, scale: fl
     width = signs.shape[0]
     warps = 4 if parts * width <= 128 else 8
     block = min(128, warps * BYTES // (width * x.element_size())) if parts == 1 else 16
-    with device_of(x):
+    with on_device_of(x):
         _hadamard_kernel[(triton.cdiv(len(x), block),)](
             x,
             signs,

@@ -19,8 +19,8 @@ same composition of `reference.fake_quantize`:
     outputs = [fake_quantize(rotated, *grid[:4], bits=grid.bits, codes=grid.codes) ...]
     outputs = [y @ rotation.mT for y in outputs]        # with back
 
-Source: CompSRT (2026) rotates every operand before it is quantized; folding the way back into the
-next product is this package's (design: "rotate once").
+Source: CompSRT (2026), which rotates every operand before it is quantized, and back after. Left out,
+the way back goes into the next product: (X P)(W P)^T = X W^T.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -33,8 +33,8 @@ from torch import Tensor
 
 from ..transforms import next_power_of_two
 from . import reference, tiles
-from .dispatch import device_of, tl, triton, use_triton
-from .fake_quant import fake_quantize, four_scalars, give_back, sum_parts
+from .dispatch import on_device_of, tl, triton, use_triton
+from .fake_quant import check_scalars, fake_quantize, give_back, sum_parts
 from .reference import Grid
 
 LARGEST = 128  # entries of a row
@@ -254,7 +254,7 @@ def _forward(
         return outs
     x, rotation = _rows(x), rotation.contiguous()
     settings = _settings(x, rotation, back, bits, clamped)
-    with device_of(x):
+    with on_device_of(x):
         _hadamard_fake_quantize_fwd_kernel[(triton.cdiv(len(x), settings["ROWS"]),)](
             x, rotation, tuple(outs), _in_fours(scalars), len(x), **settings
         )
@@ -278,7 +278,7 @@ def _backward(
     programs = triton.cdiv(len(x), settings["ROWS"])
     parts = x.new_empty((len(bits), 1, 3, programs), dtype=torch.float32)
     grids = _in_fours(scalars)
-    with device_of(x):
+    with on_device_of(x):
         _hadamard_fake_quantize_bwd_kernel[(programs,)](
             tuple(g.contiguous() for g in grads), x, rotation, dx, parts, grids, len(x), **settings
         )
@@ -377,7 +377,7 @@ def hadamard_fake_quantize(
     scalars = []
     for grid in grids:
         reference.check_quantizer(grid.bits, grid.codes)
-        scalars += four_scalars(x, *grid[:4])
+        scalars += check_scalars(x, *grid[:4])
     bits, clamped = [g.bits for g in grids], [g.codes == "clamped" for g in grids]
     return tuple(_hadamard_fake_quantize(x, rotation, scalars, bits, clamped, back))
 

@@ -159,7 +159,8 @@ def _backward(
     w = (w.sub_(zero) if owned else w.sub(zero)).div_(scale)
 
     def total(values: Tensor) -> Tensor:
-        return values.sum() if lower.dim() == 0 else values.sum_to_size(lower.shape)
+        # A copy, also where there is nothing to sum: `values` is used again below.
+        return values.sum() if lower.dim() == 0 else values.sum_to_size(lower.shape).clone()
 
     # A value on a bound is inside and counts for the bound too (the published rule), but one
     # that rounds to a saturated code is on its side alone.

@@ -18,9 +18,9 @@ INTERPRETED = tl.constexpr(dispatch.INTERPRETED)
 # (There is no rint that both the compiler and the interpreter know.)
 ROUNDER = tl.constexpr(1.5 * 2**23)
 LARGEST = tl.constexpr(2.0**22)
-# float32 operands as three bf16 each and the six largest of their products: as exact as float32,
-# on tensor cores, on NVIDIA and AMD alike. "ieee" would be 64 multiply-adds an element for a
-# width of 64, more than there is time for while the element comes from memory.
+# float32 operands as three bf16 each and the six largest of their products: nearly as exact as
+# float32, on tensor cores, on NVIDIA and AMD alike. "ieee" would not use them, and 64 multiply-adds
+# an element (width 64) are by count more than fit into the time that memory takes.
 FLOAT32_PRODUCT = tl.constexpr("bf16x6")
 
 

@@ -207,9 +207,8 @@ class QuantSwinBlock(nn.Module):
         else:
             scores = multiply(q, _rotate(self.key(k), self.project_key).mT, self.query)
         scores = swinir.add_bias(scores, self.relative_position_bias_table, size)
-        mixed = self.value(v)
-        if self.rotate_attention is not None:
-            mixed = self.rotate_attention.mT @ mixed
+        # T^T V^ as (V^^T T)^T: one product of many rows is four times as fast as one a window.
+        mixed = _rotate(self.value(v).mT, self.rotate_attention).mT
         out = multiply(scores.softmax(-1), mixed, self.attention, rotation=self.rotate_attention)
         tokens = out.transpose(2, 3).flatten(0, 1).flatten(2)
         return self.proj(_rotate(tokens, self.rotate_proj))

@@ -113,13 +113,16 @@ def shift_mask(
 
 
 def add_bias(scores: Tensor, table: Tensor, size: tuple[int, int, int, int]) -> Tensor:
-    """scores (B, windows, heads, N, N) plus the relative bias and the shift mask, in place.
+    """scores (B, windows, heads, N, N) plus the relative bias and the shift mask, overwriting scores.
 
     table: ((2 window - 1)^2, heads); size: height, width, window, shift of the token grid.
     """
-    scores = scores.add_(relative_bias(table, size[2]))
+    terms = [relative_bias(table, size[2])]
     if size[3]:
-        scores = scores.add_(shift_mask(*size, scores.device, scores.dtype)[:, None])
+        terms.append(shift_mask(*size, scores.device, scores.dtype)[:, None])
+    for term in terms:
+        # torch.compile fuses the sum by itself, and cannot differentiate the overwriting form.
+        scores = scores + term if torch.compiler.is_compiling() else scores.add_(term)
     return scores
 
 
