@@ -12,7 +12,7 @@ RESULTS := benchmarks/results
 
 help:
 	@echo "make test    the tests, on the CPU"
-	@echo "make demo    train a small network and quantize it: python -m compsrt.train"
+	@echo "make demo    compress the small network that comes along: python -m compsrt.train"
 	@echo "make bench   the benchmarks; JSON goes to $(RESULTS)/"
 	@echo "make lint    ruff and pyright"
 	@echo "make gpu     tests and benchmarks that need CUDA, with PYTHON's own packages"

@@ -9,7 +9,9 @@ that; started without torchrun it is a single process, without a process group.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
+import sys
 from typing import Any
 
 import torch
@@ -39,9 +41,15 @@ class Ranks:
         return items
 
     def close(self) -> None:
-        """Leave the process group; nothing can be gathered afterwards."""
+        """Leave the process group, all together; nothing can be gathered afterwards."""
         if self.world > 1:
+            # A process that is gone while another still talks can take the other's exit code with
+            # it, and a group that only dies with the interpreter sometimes aborts it. After an
+            # error nobody is waited for: the others may never come.
+            if sys.exc_info()[0] is None:
+                dist.barrier()
             dist.destroy_process_group()
+            gc.collect()
 
 
 def setup(device_name: str = "auto") -> Ranks:
