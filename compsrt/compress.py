@@ -49,7 +49,6 @@ def compress(
     schedule: Schedule,
     validation: Validation | None = None,
     feature_weight: float = 1.0,
-    compiled: bool = False,
     folder: Path | None = None,
     settings: dict[str, Any] | None = None,
     resume: bool = False,
@@ -67,7 +66,7 @@ def compress(
     quantized = quantize(model, spec, calibration.pictures())
     report: dict[str, Any] = {"steps": 0, "interrupted": False}
     if METHODS[spec.method].learn and schedule.steps:
-        objective = Distillation(quantized, model, feature_weight=feature_weight, compiled=compiled)
+        objective = Distillation(quantized, model, feature_weight=feature_weight)
         trainer = Trainer(
             objective,
             calibration.sampler,

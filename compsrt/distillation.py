@@ -78,8 +78,8 @@ class StepAdam(torch.optim.Optimizer):
 class Distillation:
     """A quantized student, its float teacher, and what keeps the student's scalars sound.
 
-    An `Objective` of the trainer. compiled: run the layers of both through torch.compile. Raises
-    ValueError for a student that learns nothing or was not calibrated.
+    An `Objective` of the trainer. Raises ValueError for a student that learns nothing or was not
+    calibrated.
     """
 
     def __init__(
@@ -88,7 +88,6 @@ class Distillation:
         teacher: nn.Module,
         *,
         feature_weight: float = 1.0,
-        compiled: bool = False,
     ):
         self.student, self.teacher = student, teacher
         self.feature_weight = feature_weight
@@ -112,9 +111,6 @@ class Distillation:
         ]
         self.optimizer = StepAdam(list(self.named.values()), steps, lr=1.0)
         self.smallest = [1e-3 * (q.upper - q.lower).detach() for _, q in self.sites]
-        if compiled:
-            for module in (*_layers(student), *_layers(teacher)):
-                module.compile()
 
     @property
     def model(self) -> nn.Module:

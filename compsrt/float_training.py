@@ -14,7 +14,7 @@ class FloatTraining:
     """A float network against the true pictures; what is kept is the moving average of its weights.
 
     average: decay of that average a step (it starts slower, as (1 + n)/(10 + n)). compiled: run
-    the training forward through torch.compile.
+    the training forward through torch.compile, once for every patch size.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class FloatTraining:
     ):
         self.network, self.decay, self.clip = network.train().requires_grad_(True), average, clip
         self.averaged = copy.deepcopy(network).eval().requires_grad_(False)
-        self.forward = torch.compile(network) if compiled else network
+        self.forward = torch.compile(network, dynamic=False) if compiled else network
         self.on_gpu = next(network.parameters()).device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             network.parameters(),

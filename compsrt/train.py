@@ -128,7 +128,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     training.add_argument("--save-every", type=int, default=50, metavar="STEPS",
                           help="how often the state to resume from is saved")  # fmt: skip
     training.add_argument("--compile", action="store_true",
-                          help="run the training forward through torch.compile")  # fmt: skip
+                          help="float training through torch.compile")  # fmt: skip
     general = parser.add_argument_group("run")
     general.add_argument(
         "--output", type=Path, metavar="DIR", help="default runs/RECIPE or runs/METHOD"
@@ -151,6 +151,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             parser.error("--method float cannot be combined with others: it makes their weights")
         if options.architecture is None:
             parser.error("--method float needs a --recipe that says which network")
+    elif options.compile:
+        parser.error("--compile goes with --method float: distillation gains too little by it")
     elif options.weights is None:
         parser.error("--weights is needed: the float model to compress")
     if options.learning_rate is None:
@@ -356,7 +358,6 @@ def _compress(
         schedule=schedule,
         validation=validation,
         feature_weight=options.feature_weight,
-        compiled=options.compile,
         folder=folder,
         settings=settings,
         resume=options.resume,

@@ -227,6 +227,7 @@ def in_use(folder):
         (None, ["--resume", "--force"], "contradict"),
         (None, ["--device", "cuda:7"], "cuda"),
         (None, ["--method", "float"], "--recipe"),
+        (None, ["--compile"], "--method float"),
         (None, ["--test", "nowhere"], "nowhere"),
         (None, ["--weights", "nowhere.pth"], "nowhere.pth"),
     ],
