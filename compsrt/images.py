@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +28,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from scipy.sparse import csr_array
+
+from .files import atomic_write
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -186,18 +187,11 @@ def write_image(path: str | os.PathLike[str], image: Picture) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder, cannot write {path.name} there")
     file_format = IMAGE_SUFFIXES.get(path.suffix.lower(), "PNG")
-    # Beside the target, because only within a file system is a rename atomic; hidden from readers.
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            picture = Image.fromarray(np.ascontiguousarray(image))
-            picture.save(file, format=file_format, **_SAVE_OPTIONS.get(file_format, {}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    picture, options = (
+        Image.fromarray(np.ascontiguousarray(image)),
+        _SAVE_OPTIONS.get(file_format, {}),
+    )
+    atomic_write(path, lambda file: picture.save(file, format=file_format, **options))
 
 
 def header_size(path: str | os.PathLike[str]) -> tuple[int, int]:
