@@ -28,7 +28,7 @@ __all__ = [
     "step_and_zero",
 ]
 
-_FILES = {  # of the ops that have a kernel; all else is in reference.py
+_FILES = {  # of the ops that have a kernel; all else is in reference/
     "fake_quantize": "fake_quant",
     "hadamard_fake_quantize": "hadamard_fake_quant",
     "hadamard_transform": "hadamard",

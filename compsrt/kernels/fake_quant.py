@@ -8,7 +8,7 @@ of its leading entries, such as (C, 1) for x (C, K). Both are one case to the ke
 (rows, columns), with one quantizer a row.
 
 The forward is one read and one write of x. The backward reads x and the gradient, writes dx, and
-in the same pass sums up what the scalars need (three sums a row, see `reference.py`): every
+in the same pass sums up what the scalars need (three sums a row, see `reference/`): every
 program keeps its part in registers and writes it to its own place, and a second, small kernel
 adds the parts up in a fixed order. No atomics, so two runs give the same bits; no value is read
 by the host, so a CUDA graph can capture both.

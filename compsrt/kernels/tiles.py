@@ -2,7 +2,7 @@
 
 They work on float32; half types are widened before and narrowed after (bf16 arithmetic with
 literals fails in the interpreter, and its sums would be useless anyway). The quantizer and its
-three sums are those of `reference.py`, where they are explained.
+three sums are those of `reference/`, where they are explained.
 """
 
 # pyright: reportInvalidTypeForm=false

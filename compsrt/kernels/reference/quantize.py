@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch: the definition of right, and what runs on a CPU.
+"""Rotation, fake quantization, products of quantized operands and DOBI in plain PyTorch.
 
 The quantizer (b bits, L = 2^b - 1; bounds l, u; scalar decomposition alpha, beta):
 
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import transforms
+from ... import transforms
 
 CODES = ("clamped", "unclamped")
 
