@@ -7,11 +7,12 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 RESULTS := benchmarks/results
 
-.PHONY: help test demo bench lint gpu clean
+.PHONY: help test test-export demo bench lint gpu clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make test    the tests, on the CPU"
+	@echo "make test-export  adds the extra 'export' (TFLite, ONNX) to .venv and runs its tests"
 	@echo "make demo    compress the small network that comes along: python -m compsrt.train"
 	@echo "make bench   the benchmarks; JSON goes to $(RESULTS)/"
 	@echo "make lint    ruff and pyright"
@@ -31,9 +32,18 @@ help:
 	$(PIP) -e ".[dev]"
 	@touch $@
 
+# torch is there already, without CUDA; nothing of the extra asks for another one.
+.venv/.installed-export: .venv/.installed
+	@rm -f $@
+	$(PIP) -e ".[export]"
+	@touch $@
+
 # One thread a worker: two workers with a pool of threads each would fight over the same cores.
 test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests
+
+test-export: .venv/.installed-export
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/test_export*.py
 
 demo: .venv/.installed
 	$(BIN)/python -m compsrt.train

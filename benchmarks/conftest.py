@@ -19,15 +19,14 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))  # for shapes.py, the one table of shapes
 
+ON_A_CPU = ("bench_model.py", "bench_sesr.py")
 IMPLEMENTATIONS = ["kernel", "eager", "compiled"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
-            if (
-                HERE in item.path.parents and item.path.name != "bench_model.py"
-            ):  # that is of the CPU
+            if HERE in item.path.parents and item.path.name not in ON_A_CPU:  # that is of the CPU
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 

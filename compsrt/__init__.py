@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from .calibration import quantize
     from .checkpoint import load
+    from .counting import count
     from .inference import super_resolve
     from .quantization import QuantSpec
 
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 # name -> the module that defines it; modules are here under their own names
 _HOMES = {
     "QuantSpec": "quantization",
+    "count": "counting",
     "load": "checkpoint",
     "quantize": "calibration",
     "super_resolve": "inference",
@@ -59,6 +61,7 @@ __all__ = [
     "__version__",
     "calibration",
     "checkpoint",
+    "count",
     "data",
     "inference",
     "kernels",

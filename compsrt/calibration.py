@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import kernels
+from . import kernels, models
 from .kernels.reference import sort_rows
-from .models.quant_swinir import swap_blocks
 from .pruning import prune
 from .quantization import (
     METHODS,
@@ -137,7 +136,7 @@ def quantize(model: nn.Module, spec: QuantSpec, pictures: Tensor | None = None) 
     pictures: (B, 3, H, W) in [0, 1], the calibration set; without it, call `calibrate` before use
     (until then every output is NaN). The public name of this is `compsrt.quantize`.
     """
-    quantized = swap_blocks(model, spec)
+    quantized = models.quantized(model, spec)
     if spec.pruning:
         prune(quantized, spec.pruning, spec.pruning_pattern)
     if pictures is not None:

@@ -5,7 +5,7 @@ header bytes, and names and shapes follow from the architecture:
 
     codes    uint8      codes of the rotated weights (kernels/packing.py), pruned ones left out
     mask     uint8      one bit a weight, 1 where it is kept; only in a pruned model
-    scalars  float32    lower, upper, alpha and beta of every quantizer
+    scalars  float32    of every quantizer those that it stores: lower, upper, alpha and beta
     floats   spec.storage    everything else: biases, norms, convolutions, position biases
 
 each in the order in which `named_quantizers` and `stored_as_float` name its parts. Unstructured
@@ -21,7 +21,6 @@ change is refused instead of rounded.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -41,8 +40,6 @@ from torch import Tensor, nn
 from . import kernels, models
 from .files import atomic_write
 from .kernels.packing import pack_codes, pack_mask, unpack_codes, unpack_mask
-from .models.quant_swinir import swap_blocks
-from .models.swinir import SwinIR, SwinIRConfig
 from .quantization import (
     STORAGE,
     Quantizer,
@@ -56,7 +53,6 @@ from .quantization import (
 FORMAT = 1
 _METADATA_KEY = "compsrt"
 _BLANK = "0" * 64  # what the checksum is taken as while it is computed
-_SCALARS = ("lower", "upper", "alpha", "beta")
 _STATE_KEYS = ("params_ema", "params", "state_dict")
 
 StrPath = str | os.PathLike[str]
@@ -209,7 +205,7 @@ def save_packed(
             [
                 _exactly(f"{site}.{name}", getattr(quantizer, name), torch.float32)
                 for site, quantizer in _calibrated_quantizers(model)
-                for name in _SCALARS
+                for name in quantizer.stored
             ]
         ),
         "floats": torch.cat(
@@ -229,10 +225,7 @@ def save_packed(
     card = card if "spec" in card else {}  # what is known of the float model is not about this one
     metadata = {
         "format": FORMAT,
-        "architecture": {
-            "name": type(model).__name__,
-            "config": dataclasses.asdict(_config(model)),
-        },
+        "architecture": models.describe(model),
         "spec": spec.to_json(),
         **{key: card.get(key) if value is None else value for key, value in records.items()},
     }
@@ -292,16 +285,9 @@ def _exactly(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _unpack(tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> nn.Module:
-    architecture = card["architecture"]
-    if architecture["name"] != SwinIR.__name__:
-        raise ValueError(f"its architecture {architecture['name']!r} is not known here")
-    fields: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in architecture["config"].items()
-    }
     spec = QuantSpec.from_json(card["spec"])
     with torch.random.fork_rng(devices=[]):  # initial weights, all overwritten below
-        model = swap_blocks(SwinIR(SwinIRConfig(**fields)), spec)
+        model = models.quantized(models.from_description(card["architecture"]), spec)
     sites = dict(named_quantizers(model))
     weights = _weight_quantizers(model)
     count = sum(weight.size.numel() for weight in weights.values())
@@ -310,13 +296,17 @@ def _unpack(tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> nn.Module
     if "mask" in tensors:
         kept = unpack_mask(tensors["mask"], count)
     integers[kept] = unpack_codes(tensors["codes"], spec.bits_of_weights, int(kept.sum()))
-    scalars = [getattr(quantizer, name) for quantizer in sites.values() for name in _SCALARS]
+    scalars = [
+        getattr(quantizer, name) for quantizer in sites.values() for name in quantizer.stored
+    ]
     floats = list(stored_as_float(model).values())
     with torch.no_grad():
         for targets, stored in ((scalars, tensors["scalars"]), (floats, tensors["floats"])):
             shapes = [target.shape for target in targets]
             for target, values in zip(targets, _split(stored, shapes), strict=True):
                 target.copy_(values)
+    for quantizer in sites.values():
+        quantizer.restore()
     sizes = [weight.size for weight in weights.values()]
     parts = zip(weights.values(), _split(integers, sizes), _split(kept, sizes), strict=True)
     for weight, codes, mask in parts:
@@ -355,12 +345,6 @@ def _kept(weight: WeightQuantizer) -> Tensor:
     return weight.mask
 
 
-def _config(model: nn.Module) -> SwinIRConfig:
-    if not isinstance(model, SwinIR):
-        raise ValueError(f"model: {type(model).__name__} has no packed form; only SwinIR has one")
-    return model.config
-
-
 # --- What a file costs, and what it holds ---------------------------------------------------------
 
 
@@ -376,14 +360,8 @@ def size_report(model: nn.Module, path: StrPath | None = None) -> dict[str, Any]
     codes a weight takes log2 of its tensor's levels, whatever spec.bits says.
     """
     with torch.device("meta"):
-        network = SwinIR(_config(model))
-    linears = [
-        module
-        for *_, block in network.named_blocks()
-        for module in block.modules()
-        if isinstance(module, nn.Linear)
-    ]
-    weights = sum(linear.weight.numel() for linear in linears)
+        network = models.from_description(models.describe(model))
+    weights = sum(weight.numel() for weight in models.quantizable_weights(network))
     float_bytes = 4 * sum(parameter.numel() for parameter in network.parameters())
     sites = _weight_quantizers(model).values()
     levels = [_weight_levels(site) for site in sites]
@@ -409,7 +387,7 @@ def _bits(site: WeightQuantizer, levels: int) -> float:
     """Bits that one weight takes in the file."""
     kept = int(_kept(site).sum())
     width = site.bits if site.codes == "clamped" else math.log2(levels)
-    scalars = 32 * len(_SCALARS) * site.lower.numel()
+    scalars = 32 * len(site.stored) * site.lower.numel()
     mask = 0 if site.mask is None else site.size.numel()
     return kept * width + mask + scalars
 

@@ -1,4 +1,4 @@
-"""From a float model to a packed one: calibrate, prune, distil, validate, pack."""
+"""From a float model to a packed one: calibrate, prune, distil or train, validate, pack."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from .calibration import quantize
 from .data import PatchSampler
 from .distillation import Distillation
 from .distributed import Ranks
-from .quantization import METHODS, QuantSpec
+from .quant_training import QuantTraining
+from .quantization import METHODS, QuantSpec, round_to_storage
 from .trainer import Schedule, Trainer, Validation
 
 CALIBRATION_STEP = 1 << 40  # a step that no training reaches: its crops are the calibration set
@@ -49,6 +50,7 @@ def compress(
     schedule: Schedule,
     validation: Validation | None = None,
     feature_weight: float = 1.0,
+    weight_rate: float = 1 / 30,
     folder: Path | None = None,
     settings: dict[str, Any] | None = None,
     resume: bool = False,
@@ -60,13 +62,18 @@ def compress(
     With a folder, its model.safetensors is the packed model (not for unclamped codes, which need
     not fit their bits) and its state.pt what an interrupted distillation goes on from; after an
     interruption the packed model is the best one so far and the report says interrupted. Of the
-    distilled models, the start included, the one with the best validation PSNR is kept.
+    models on the way, the start included, the one with the best validation PSNR is kept.
+    feature_weight is of distillation, weight_rate of methods that train weights (`QuantTraining`).
     """
     began = time.perf_counter()
     quantized = quantize(model, spec, calibration.pictures())
     report: dict[str, Any] = {"steps": 0, "interrupted": False}
     if METHODS[spec.method].learn and schedule.steps:
-        objective = Distillation(quantized, model, feature_weight=feature_weight)
+        objective = (
+            QuantTraining(quantized, weight_rate=weight_rate)
+            if METHODS[spec.method].weights
+            else Distillation(quantized, model, feature_weight=feature_weight)
+        )
         trainer = Trainer(
             objective,
             calibration.sampler,
@@ -82,6 +89,8 @@ def compress(
         began -= trainer.seconds
         trainer.fit()
         trainer.load_best()
+        quantized = objective.model
+        round_to_storage(quantized)
         report |= {"steps": trainer.step, "interrupted": trainer.interrupted}
         if trainer.best is not None:
             report |= {"validation_psnr": trainer.best[0], "best_step": trainer.best[1]}

@@ -27,20 +27,21 @@ from .quantization import named_quantizers
 class StepAdam(torch.optim.Optimizer):
     """Adam whose update of a parameter is multiplied by that parameter's `unit`, a positive tensor.
 
-    units: one tensor a parameter, of its shape or (). For all parameters at once: a dozen launches
-    however many there are.
+    parameters: those, or groups of them. units: one tensor a parameter, in their order, of its shape
+    or (). For all parameters of a group at once: a dozen launches however many there are.
     """
 
     def __init__(
         self,
-        parameters: list[nn.Parameter],
+        parameters: list[nn.Parameter] | list[dict[str, Any]],
         units: list[Tensor],
         lr: float,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-12,
     ):
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps})
-        for parameter, unit in zip(parameters, units, strict=True):
+        every = [p for group in self.param_groups for p in group["params"]]
+        for parameter, unit in zip(every, units, strict=True):
             self.state[parameter] = {
                 "step": 0,
                 "mean": torch.zeros_like(parameter),
@@ -169,10 +170,11 @@ def _layers(model: Any) -> nn.ModuleList:
 def _features(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collects the outputs of the model's feature modules while it runs."""
     kept: list[Tensor] = []
-    hooks = [
-        module.register_forward_hook(lambda _, __, output: kept.append(output))
-        for module in _layers(model)
-    ]
+
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        kept.append(output)
+
+    hooks = [module.register_forward_hook(keep) for module in _layers(model)]
     try:
         yield kept
     finally:

@@ -62,14 +62,14 @@ def collect() -> dict[str, Any]:
 def kernel_path(kind: str, *, has_triton: bool = True) -> str:
     """Which kernels run on a device of ``kind`` ("cpu" or "cuda"), in words.
 
-    The rule: Triton on CUDA, the reference on a CPU, and ``COMPSRT_KERNELS`` overrides both. Triton
-    on a CPU needs its interpreter, ``TRITON_INTERPRET=1``.
+    The rule: Triton on CUDA where it is installed, else the reference; ``COMPSRT_KERNELS`` overrides
+    it. Triton on a CPU needs its interpreter, ``TRITON_INTERPRET=1``.
     """
     choice = os.environ.get("COMPSRT_KERNELS") or "auto"
     if choice not in KERNEL_CHOICES:
         return f"unknown COMPSRT_KERNELS {choice!r}{nearest(choice, KERNEL_CHOICES)}"
     if choice == "auto":
-        choice = "triton" if kind == "cuda" else "reference"
+        choice = "triton" if kind == "cuda" and has_triton else "reference"
     if choice == "reference":
         return "reference"
     if not has_triton:

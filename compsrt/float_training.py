@@ -3,62 +3,53 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import checkpoint, models
+from .data import PatchSampler
+from .distributed import Ranks
+from .models.sesr import luma
+from .trainer import Schedule, Trainer, Validation
 
-class FloatTraining:
-    """A float network against the true pictures; what is kept is the moving average of its weights.
 
-    average: decay of that average a step (it starts slower, as (1 + n)/(10 + n)). compiled: run
-    the training forward through torch.compile, once for every patch size.
+class AveragedTraining:
+    """What objectives share that keep the moving average of a network's parameters.
+
+    average: decay of that average a step (it starts slower, as (1 + n)/(10 + n)). `pair` gives
+    what is compared: luma alone where the network knows nothing else.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        *,
-        weight_decay: float = 0.0,
-        average: float = 0.999,
-        clip: float = 1.0,
-        compiled: bool = False,
-    ):
-        self.network, self.decay, self.clip = network.train().requires_grad_(True), average, clip
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, network: nn.Module, average: float):
+        self.network, self.decay, self.updates = network, average, 0
         self.averaged = copy.deepcopy(network).eval().requires_grad_(False)
-        self.forward = torch.compile(network, dynamic=False) if compiled else network
-        self.on_gpu = next(network.parameters()).device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(
-            network.parameters(),
-            lr=1.0,
-            betas=(0.9, 0.99),
-            weight_decay=weight_decay,
-            fused=self.on_gpu,
-        )
-        self.updates = 0
+        self.luma_only = getattr(network, "luma_only", False)
 
     @property
     def model(self) -> nn.Module:
         return self.averaged
 
-    def losses(self, lr: Tensor, hr: Tensor) -> dict[str, Tensor]:
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.on_gpu):
-            output = self.forward(lr)
-        return {"loss": F.l1_loss(output.float(), hr)}
+    def pair(self, lr: Tensor, hr: Tensor) -> tuple[Tensor, Tensor]:
+        return (luma(lr), luma(hr)) if self.luma_only else (lr, hr)
 
-    def update(self) -> None:
-        parameters = list(self.network.parameters())
-        torch.nn.utils.clip_grad_norm_(parameters, self.clip)
-        self.optimizer.step()
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Move the average, after an update."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        with torch.no_grad():
-            torch._foreach_lerp_(tuple(self.averaged.parameters()), tuple(parameters), 1 - decay)
+        averaged = tuple(self.averaged.parameters())
+        torch._foreach_lerp_(averaged, tuple(self.network.parameters()), 1 - decay)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        return dict(self.network.named_parameters())
+        return {n: p for n, p in self.network.named_parameters() if p.requires_grad}
 
     def learned(self) -> dict[str, Tensor]:
         return dict(self.averaged.named_parameters())
@@ -76,6 +67,49 @@ class FloatTraining:
         self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates = state["updates"]
+
+
+class FloatTraining(AveragedTraining):
+    """A float network against the true pictures; what is kept is the moving average of its weights.
+
+    compiled: run the training forward through torch.compile, once for every patch size.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        weight_decay: float = 0.0,
+        average: float = 0.999,
+        clip: float = 1.0,
+        compiled: bool = False,
+    ):
+        super().__init__(network.train().requires_grad_(True), average)
+        self.clip = clip
+        self.forward = torch.compile(network, dynamic=False) if compiled else network
+        self.on_gpu = next(network.parameters()).device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            network.parameters(),
+            lr=1.0,
+            betas=(0.9, 0.99),
+            weight_decay=weight_decay,
+            fused=self.on_gpu,
+        )
+
+    def losses(self, lr: Tensor, hr: Tensor) -> dict[str, Tensor]:
+        lr, hr = self.pair(lr, hr)
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.on_gpu):
+            output = self.forward(lr)
+        return {"loss": F.l1_loss(output.float(), hr)}
+
+    def update(self) -> None:
+        torch.nn.utils.clip_grad_norm_(list(self.network.parameters()), self.clip)
+        self.regularize()
+        self.optimizer.step()
+        self.follow()
+
+    def regularize(self) -> None:
+        """What is added to the clipped gradients: nothing here."""
 
 
 @torch.no_grad()
@@ -96,3 +130,56 @@ def start_from(network: nn.Module, other: nn.Module) -> list[str]:
     if not copied:
         raise ValueError("weights: no parameter has the name and shape of this network's")
     return missing
+
+
+def train_float(
+    network: nn.Module,
+    sampler: PatchSampler,
+    *,
+    schedule: Schedule,
+    validation: Validation | None = None,
+    folder: Path,
+    settings: dict[str, Any] | None = None,
+    resume: bool = False,
+    compiled: bool = False,
+    ranks: Ranks | None = None,
+    card: dict[str, Any] | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network trained by a schedule, as it was at the best validation, and what was done.
+
+    Its float file is the folder's model.safetensors (card: what it says beside the report), its
+    state.pt what an interrupted run goes on from. A network that trains in a wider form (SESR) comes
+    back narrow.
+    """
+    objective = FloatTraining(network, compiled=compiled)
+    trainer = Trainer(
+        objective,
+        sampler,
+        schedule,
+        validation=validation,
+        folder=folder,
+        settings=settings,
+        ranks=ranks,
+        description=(card or {}).get("recipe") or "float",
+    )
+    if resume:
+        trainer.resume()
+    began = time.perf_counter(), trainer.step
+    trainer.fit()
+    images = (trainer.step - began[1]) * schedule.batch * trainer.ranks.world
+    trainer.load_best()
+    report: dict[str, Any] = {
+        "steps": trainer.step,
+        "seconds": trainer.seconds,
+        "images_per_second": images / (time.perf_counter() - began[0]),
+        "pictures": len(sampler),
+        "schedule": dataclasses.asdict(schedule),
+        "interrupted": trainer.interrupted,
+    }
+    if trainer.best is not None:
+        report |= {"validation_psnr": trainer.best[0], "best_step": trainer.best[1]}
+    model = models.narrow(objective.model)
+    if trainer.ranks.is_main:
+        checkpoint.save_float(model, folder / "model.safetensors", card={**(card or {}), **report})
+    trainer.ranks.gather(None)
+    return model, report

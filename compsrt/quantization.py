@@ -15,17 +15,23 @@ from .transforms import TRANSFORMS
 
 TRANSFORM_GROUPS = ("qkv", "query_key", "value", "attention", "proj", "fc1", "fc2")
 PRUNING_PATTERNS = ("unstructured", "2:4")
+SCALARS = ("lower", "upper", "alpha", "beta")
 STORAGE = {"float16": torch.float16, "float32": torch.float32}
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What a named method does: its transform, first bounds, and the scalars that distillation learns."""
+    """What a named method does: its transform, first bounds, and the scalars that are learned.
+
+    weights: whether weights and biases are trained too, on the true pictures; else the scalars
+    alone are, by distillation.
+    """
 
     transform: str
     calibration: str
     learn: tuple[str, ...] = ()
     moving_clip: bool = False
+    weights: bool = False
     summary: str = ""
 
 
@@ -36,6 +42,13 @@ METHODS = {
     "2dquant": Method("none", "dobi", ("lower", "upper"), summary="DOBI, then DQC on the bounds"),
     "lsq+": Method(
         "none", "dobi", ("alpha", "beta"), True, summary="DOBI, then DQC on scale and offset"
+    ),
+    "qat": Method(
+        "none",
+        "dobi",
+        ("lower", "upper"),
+        weights=True,
+        summary="DOBI, then weights and ranges trained on the true pictures",
     ),
     "compsrt": Method(
         "hadamard",
@@ -152,6 +165,7 @@ class Quantizer(nn.Module):
     upper: nn.Parameter
     alpha: nn.Parameter
     beta: nn.Parameter
+    stored: tuple[str, ...] = SCALARS  # those that the others follow from, in a packed file
 
     def __init__(
         self, bits: int, spec: QuantSpec, shape: tuple[int, ...] = (), searched: int | None = None
@@ -162,7 +176,7 @@ class Quantizer(nn.Module):
         self.searched_size = searched
         self.site = ""  # its name in the model, for error messages
         self.observer: Callable[[Quantizer, Tensor], None] | None = None
-        for name in ("lower", "upper", "alpha", "beta"):
+        for name in SCALARS:
             start = (
                 torch.zeros(shape) if name in ("alpha", "beta") else torch.full(shape, torch.nan)
             )
@@ -203,6 +217,9 @@ class Quantizer(nn.Module):
         self.upper.copy_(upper.view_as(self.upper))
         self.alpha.zero_()
         self.beta.zero_()
+
+    def restore(self) -> None:
+        """Set what follows from the `stored` scalars, after these were loaded."""
 
     @torch.no_grad()
     def project_(self, smallest_range: Tensor) -> None:
@@ -277,6 +294,17 @@ class WeightQuantizer(Quantizer):
         integers = kernels.quantize_codes(self._held, *grid[:4], bits=self.bits, codes=self.codes)
         return (integers if self.mask is None else integers * self.mask).to(torch.uint8)
 
+    def train_weight(self) -> None:
+        """Make the rotated float weight a parameter: gradients go straight through the rounding."""
+        if not isinstance(self.rotated, nn.Parameter):
+            rotated = self._held
+            if self.integers is not None:
+                raise ValueError(
+                    f"{self.site}: a packed weight cannot be trained; start from the float one"
+                )
+            del self.rotated
+            self.rotated = nn.Parameter(rotated)
+
     def freeze(self, integers: Tensor | None = None) -> None:
         """Keep the codes and drop the float weight."""
         self.integers = self.to_integers() if integers is None else integers
@@ -293,6 +321,76 @@ class WeightQuantizer(Quantizer):
         return weight if self.mask is None else weight * self.mask
 
 
+class AffineQuantizer(Quantizer):
+    """A quantizer of activations as integer hardware has it: 0 is one of its levels.
+
+    Its zero point is a whole number of steps, so the zeros that a convolution pads with are exact.
+    Of the four scalars it uses lower and upper; the gradient goes straight through the rounding
+    of the zero point. fixed: bounds that neither calibration nor training changes.
+    """
+
+    stored = ("lower", "upper")
+
+    def __init__(self, bits: int, spec: QuantSpec, fixed: tuple[float, float] | None = None):
+        super().__init__(bits, spec)
+        self.fixed = fixed
+        if fixed is not None:
+            self.requires_grad_(False)
+
+    def grid(self) -> kernels.Grid:
+        levels = 2**self.bits - 1
+        step = (self.upper - self.lower) / levels
+        nudge = self.lower + (-self.lower / step).round().clamp(0, levels) * step
+        nudge = nudge.detach()
+        return kernels.Grid(
+            self.lower - nudge, self.upper - nudge, None, None, self.bits, self.codes
+        )
+
+    @torch.no_grad()
+    def project_(self, smallest_range: Tensor) -> None:
+        super().project_(smallest_range)
+        self.lower.clamp_(max=0)
+        self.upper.clamp_(min=0)
+
+    def set_bounds(self, lower: Tensor, upper: Tensor) -> None:
+        if self.fixed is not None:
+            lower, upper = (torch.full_like(lower, bound) for bound in self.fixed)
+        super().set_bounds(lower.clamp(max=0), upper.clamp(min=0))
+
+
+class SymmetricWeightQuantizer(WeightQuantizer):
+    """A quantizer of weights as integer hardware has it: 2^bits - 1 levels around 0.
+
+    The step is upper / (2^(bits - 1) - 1), lower is -upper; one bit has the levels -upper, upper.
+    Always one scale for each output channel.
+    """
+
+    stored = ("upper",)
+
+    def __init__(self, rotated: Tensor, bits: int, spec: QuantSpec):
+        super().__init__(rotated, bits, dataclasses.replace(spec, per_channel=True), None)
+        self.lower.requires_grad_(False)
+
+    def grid(self) -> kernels.Grid:
+        levels, half = 2**self.bits - 1, max(2 ** (self.bits - 1) - 1, 0.5)
+        # s = (upper - lower)/levels + alpha is what the kernels compute; the last code stays unused.
+        alpha = self.upper * (1 / half - 2 / levels)
+        return kernels.Grid(-self.upper, self.upper, alpha, None, self.bits, self.codes)
+
+    @torch.no_grad()
+    def project_(self, smallest_range: Tensor) -> None:
+        torch.maximum(self.upper, smallest_range / 2, out=self.upper)
+        self.lower.copy_(-self.upper)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        self.lower.copy_(-self.upper)
+
+    def set_bounds(self, lower: Tensor, upper: Tensor) -> None:
+        upper = torch.maximum(-lower, upper)
+        super().set_bounds(-upper, upper)
+
+
 # --- Whole models ----------------------------------------------------------------------------------
 
 
@@ -304,6 +402,15 @@ def stored_as_float(model: nn.Module) -> dict[str, Tensor]:
         for name, tensor in model.state_dict().items()
         if not name.startswith(sites) and tensor.is_floating_point()
     }
+
+
+@torch.no_grad()
+def round_to_storage(model: nn.Module) -> None:
+    """Round all that stays float to spec.storage: what is measured is what the file holds."""
+    spec = quant_spec(model)
+    assert spec is not None
+    for tensor in stored_as_float(model).values():
+        tensor.copy_(tensor.to(STORAGE[spec.storage]))
 
 
 def quant_spec(model: nn.Module) -> QuantSpec | None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+from .models.edsr import EDSRConfig
+from .models.sesr import SIZES, SESRConfig
 from .models.swinir import SwinIRConfig
 
 
@@ -16,15 +19,27 @@ class Recipe:
 
     summary: str
     method: tuple[str, ...] = ("compsrt",)
-    architecture: SwinIRConfig | None = None
+    architecture: Any = None
     bits: tuple[int, ...] | None = None
     steps: int | None = None
     batch: int | None = None
     patch: tuple[int, ...] | None = None
     learning_rate: float | None = None
+    weight_learning_rate: float | None = None
     warmup: int | None = None
     validate_every: int | None = None
     save_every: int | None = None
+    ratio: tuple[str, ...] | None = None
+    skip_layers: tuple[str, ...] | None = None
+    penalty_growth: str | None = None
+    penalty_start: float | None = None
+    penalty_step: float | None = None
+    penalty_every: int | None = None
+    penalty_limit: float | None = None
+    stabilize: int | None = None
+    prune_learning_rate: float | None = None
+    finetune_steps: int | None = None
+    finetune_learning_rate: float | None = None
 
     def options(self) -> dict:
         """The options that the recipe sets, by their names in the command."""
@@ -50,6 +65,73 @@ def _light(scale: int) -> Recipe:
     )
 
 
+def _sesr(size: str, scale: int) -> Recipe:
+    blocks, features = SIZES[size]
+    return Recipe(
+        f"SESR-{size.upper()} x{scale} from scratch"
+        + (", or better from x2: --weights" if scale == 4 else "")
+        + ", about an hour on one CPU core",
+        method=("float",),
+        architecture=SESRConfig(scale=scale, blocks=blocks, features=features),
+        steps=80_000 if scale == 2 else 20_000,
+        batch=16,
+        patch=(32, 48) if scale == 2 else (32,),
+        learning_rate=2e-3,
+        warmup=500,
+        validate_every=1000,
+        save_every=1000,
+    )
+
+
+def _srpn_lite(scale: int) -> Recipe:
+    return Recipe(
+        f"SRPN-Lite x{scale}: 16 blocks, 256 channels cut to 45, penalty as published; on a GPU",
+        method=("srp",),
+        architecture=EDSRConfig(scale=scale),
+        steps=300_000,
+        batch=16,
+        patch=(48,),
+        learning_rate=2e-4,
+        warmup=1000,
+        validate_every=2000,
+        save_every=1000,
+        ratio=("*:0.82421875",),
+        skip_layers=("tail*",),
+        finetune_steps=300_000,
+        finetune_learning_rate=2e-4,
+    )
+
+
+def _srpn_mini(method: tuple[str, ...], channels: int) -> Recipe:
+    """The published penalty grows 100 times longer; this one does it geometrically (see srp.py)."""
+    srp = method == ("srp",)
+    return Recipe(
+        "SRP on a CPU: 8 blocks, 32 channels cut to 16"
+        if srp
+        else "the network that it leaves, from scratch, for comparison",
+        method=method,
+        architecture=EDSRConfig.uniform(2, blocks=8, channels=channels),
+        steps=16_000 if srp else 32_000,
+        batch=8,
+        patch=(32,),
+        learning_rate=1e-3,
+        warmup=200,
+        validate_every=500,
+        save_every=200,
+        ratio=("*:0.5",),
+        skip_layers=("tail*",),
+        penalty_growth="geometric",
+        penalty_start=1e-3,
+        penalty_step=0.0167,
+        penalty_every=10,
+        penalty_limit=4.0,
+        stabilize=990,
+        prune_learning_rate=5e-4,
+        finetune_steps=10_000,
+        finetune_learning_rate=1e-3,
+    )
+
+
 RECIPES = {
     "swinir-nano-x2": Recipe(
         "the network of the demo from scratch: 2 layers of 2 blocks, 80 minutes on 2 CPU cores",
@@ -64,6 +146,23 @@ RECIPES = {
         save_every=200,
     ),
     **{f"swinir-light-x{scale}": _light(scale) for scale in (2, 3, 4)},
+    **{f"sesr-{size}-x{scale}": _sesr(size, scale) for size in SIZES for scale in (2, 4)},
+    "srpn-mini-x2": _srpn_mini(("srp",), 32),
+    "srpn-mini-scratch-x2": _srpn_mini(("float",), 16),
+    **{f"srpn-lite-x{scale}": _srpn_lite(scale) for scale in (2, 3, 4)},
+    "sesr-qat": Recipe(
+        "SESR weights (--weights) at 8, 6 and 4 bits, trained on; 5 minutes each on a CPU core",
+        method=("qat",),
+        bits=(8, 6, 4),
+        steps=4000,
+        batch=16,
+        patch=(32,),
+        learning_rate=0.1,
+        weight_learning_rate=2e-3,
+        warmup=100,
+        validate_every=250,
+        save_every=250,
+    ),
     "dqc": Recipe(
         "DOBI, 2DQuant and CompSRT at 4, 3 and 2 bits on the given weights, in one table",
         method=("dobi", "2dquant", "compsrt"),

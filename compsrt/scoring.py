@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from torch import nn
 
 from . import checkpoint, data, inference
 from .cli import format_table
+from .counting import count
 from .data import Pair
 from .distributed import Ranks
 from .files import atomic_write
+from .quantization import quant_spec, quantizers
 
 # Side of the LR crop that levels are counted on: its 36 windows fill every level that there is.
 LEVELS_CROP = 48
+MACS_SIZE = 720, 1280  # of the output that multiply-adds are counted for
 SCORES = ("psnr", "ssim", "milliseconds")
 
 
@@ -36,7 +40,8 @@ def score(
 
     path: the model's file, for its bytes. save: folder for the pictures, as TEST/NAME.png. Errors
     as `inference.evaluate_pairs`. The row: model, tests {name: psnr, ssim}, milliseconds and, for a
-    model, all of `checkpoint.size_report`, levels counted over weights and activations.
+    model, all of `checkpoint.size_report`, levels counted over weights and activations, parameters,
+    and macs for an output of 1280 x 720.
     """
     tests = {
         test: inference.evaluate_pairs(
@@ -59,7 +64,24 @@ def score(
     }
     if model is not None:
         row |= checkpoint.size_report(model, path) | {"levels": _levels(model, sets, scale)}
+        counted = count(model, *MACS_SIZE)
+        row |= {"parameters": counted.parameters, "macs": counted.macs}
     return row, pictures
+
+
+def score_all(
+    candidates: Iterable[tuple[str, nn.Module | None, str | Path | None]],
+    sets: dict[str, list[Pair]],
+    scale: int,
+    ranks: Ranks | None = None,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """`score` of several models (name, model, its file), in one list each; nothing without sets."""
+    rows, pictures = [], []
+    for name, model, path in candidates if sets else ():
+        row, scores = score(name, model, sets, scale, path=path, ranks=ranks)
+        rows.append(row)
+        pictures += scores
+    return rows, pictures
 
 
 def means(scores: list[dict[str, Any]], *keys: str) -> dict[str, float]:
@@ -68,10 +90,18 @@ def means(scores: list[dict[str, Any]], *keys: str) -> dict[str, float]:
 
 
 def _levels(model: nn.Module, sets: dict[str, list[Pair]], scale: int) -> int | None:
-    """The most distinct levels in any quantized tensor, for a crop of the first test picture."""
+    """The most distinct levels in any tensor of the spec's bits, for a crop of the first test picture.
+
+    Pictures and sums that no convolution reads have 8 bits in a SESR, whatever its spec says.
+    """
+    spec, sites = quant_spec(model), quantizers(model)
+    if spec is None:
+        return None
     lr, _ = data.load_pair(next(iter(sets.values()))[0], scale)
     crop = data.to_tensor(lr[:LEVELS_CROP, :LEVELS_CROP], next(model.parameters()).device)
-    return max(checkpoint.count_levels(model, crop).values(), default=None)
+    bits = max(spec.bits_of_weights, spec.bits_of_activations)
+    levels = checkpoint.count_levels(model, crop)
+    return max(count for site, count in levels.items() if sites[site].bits <= bits)
 
 
 def table(rows: list[dict[str, Any]], *, markdown: bool = False) -> str:
@@ -87,10 +117,13 @@ def columns(
     tests = list(rows[0]["tests"]) if rows else []
     headings = {"model": "model"}
     decimals = {"kB": 1, "bits_per_weight": 2, "ratio": 2, "milliseconds": 0, "seconds": 0}
+    decimals["giga"] = 2
     for test in tests:
         headings |= {f"{test} psnr": f"{test} PSNR", f"{test} ssim": "SSIM"}
         decimals |= {f"{test} psnr": 3, f"{test} ssim": 4}
     headings |= {
+        "parameters": "parameters",
+        "giga": "GMACs",
         "bits_per_weight": "bits/weight",
         "kB": "file kB",
         "ratio": "float/file",
@@ -102,6 +135,7 @@ def columns(
         {
             **row,
             **{f"{test} {key}": row["tests"][test][key] for test in tests for key in SCORES[:2]},
+            "giga": row["macs"] / 1e9 if row.get("macs") else None,
             "kB": row["file_bytes"] / 1000 if row.get("file_bytes") else None,
         }
         for row in rows

@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,12 +38,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    from compsrt import float_command, srp_command
     from compsrt.quantization import METHODS, PRUNING_PATTERNS, STORAGE
     from compsrt.recipes import RECIPES
     from compsrt.transforms import TRANSFORMS
 
     methods = "\n".join(f"  {name:11}{method.summary}" for name, method in METHODS.items())
-    recipes = "\n".join(f"  {name:16}{recipe.summary}" for name, recipe in RECIPES.items())
+    recipes = "\n".join(f"  {name:21}{recipe.summary}" for name, recipe in RECIPES.items())
     parser = ArgumentParser(
         "compsrt.train",
         description="Quantize and prune a float model, distil it, score and pack it. Without"
@@ -54,12 +54,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "      --train DIV2K --test Set5 --output runs/x2\n"
         "  torchrun --nproc-per-node 2 -m compsrt.train ...\n\n"
         f"Methods:\n\n{methods}\n"
-        "  float      train a float network (--recipe says which)\n\n"
+        "  float      train a float network (--recipe says which)\n"
+        f"  srp        {srp_command.SUMMARY}\n\n"
         f"Recipes:\n\n{recipes}",
     )
     what = parser.add_argument_group("what to do")
     what.add_argument(
-        "--method", nargs="+", default=["compsrt"], choices=[*METHODS, "float"], metavar="METHOD",
+        "--method", nargs="+", default=["compsrt"], choices=[*METHODS, "float", "srp"],
+        metavar="METHOD",
         help="one of the methods above, or several: one run each",
     )  # fmt: skip
     what.add_argument("--recipe", choices=list(RECIPES), metavar="NAME", help="see above")
@@ -121,6 +123,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--learning-rate", type=float, metavar="LR",
         help="highest; of distillation in quantizer steps (default 0.03; of float training 1e-3)",
     )  # fmt: skip
+    training.add_argument("--weight-learning-rate", type=float, default=1e-3, metavar="LR",
+                          help="of the weights with --method qat, in parts of their root mean"
+                          " square")  # fmt: skip
     training.add_argument("--warmup", type=int, default=0, metavar="STEPS")
     training.add_argument("--feature-weight", type=float, default=1.0, metavar="W",
                           help="of the feature term of distillation")  # fmt: skip
@@ -129,6 +134,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
                           help="how often the state to resume from is saved")  # fmt: skip
     training.add_argument("--compile", action="store_true",
                           help="float training through torch.compile")  # fmt: skip
+    float_command.add_options(parser)
+    srp_command.add_options(parser)
     general = parser.add_argument_group("run")
     general.add_argument(
         "--output", type=Path, metavar="DIR", help="default runs/RECIPE or runs/METHOD"
@@ -142,7 +149,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if recipe is not None:
         parser.set_defaults(**recipe.options())
     options = parser.parse_args(argv)
-    options.architecture = recipe.architecture if recipe else None
+    options.architecture = float_command.architecture(
+        parser, recipe.architecture if recipe else None, options
+    )
     options.demo = options.train is None
     if options.demo:
         _demo_defaults(parser, options, argv)
@@ -151,12 +160,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             parser.error("--method float cannot be combined with others: it makes their weights")
         if options.architecture is None:
             parser.error("--method float needs a --recipe that says which network")
+    elif "srp" in options.method:
+        srp_command.check(parser, options)
     elif options.compile:
         parser.error("--compile goes with --method float: distillation gains too little by it")
     elif options.weights is None:
         parser.error("--weights is needed: the float model to compress")
     if options.learning_rate is None:
-        options.learning_rate = 1e-3 if "float" in options.method else 0.03
+        floating = options.method in (["float"], ["srp"])
+        options.learning_rate = 1e-3 if floating else 0.03
     if options.output is None:
         options.output = Path("runs") / (options.recipe or "-".join(options.method))
     if options.resume and options.force:
@@ -170,7 +182,7 @@ def _demo_defaults(
     """Without --train: the shipped model and scikit-image's photographs, and options fit for them."""
     from compsrt import demo
 
-    if "float" in options.method:
+    if {"float", "srp"} & set(options.method):
         parser.error("--train is needed: the photographs to train on")
     options.weights = options.weights or str(demo.WEIGHTS)
     if not argv:
@@ -190,6 +202,13 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
 
     if options.method == ["float"]:
         return _train_float(options, ranks)
+    structured = None
+    if options.method[0] == "srp":
+        structured = _train_srp(options, ranks)
+        if len(options.method) == 1:
+            return structured
+        options.weights = str(options.output / "srp" / "model.safetensors")
+        options.method = options.method[1:]
     from compsrt import checkpoint, demo, scoring
     from compsrt.quantization import quant_spec
 
@@ -205,14 +224,9 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
     _claim(options, ranks)
     calibration, validation = _pictures(options, train, scale, ranks)
     source = {"file": Path(options.weights).name, "sha256": sha256(options.weights)}
-    rows: list[dict[str, Any]] = []
-    pictures: list[dict[str, Any]] = []
+    candidates = (("bicubic", None, None), ("float", model, options.weights))
+    rows, pictures = scoring.score_all(candidates, sets, scale, ranks)
     packed: dict[tuple[str, int, float], Any] = {}
-    if sets:
-        for name, candidate, path in (("bicubic", None, None), ("float", model, options.weights)):
-            row, scores = scoring.score(name, candidate, sets, scale, path=path, ranks=ranks)
-            rows.append(row)
-            pictures += scores
     for spec in specs:
         name = _name(spec)
         quantized, report = _compress(
@@ -235,6 +249,8 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
         return None
     print(scoring.table(rows))
     result = {"output": str(options.output), "scale": scale, "rows": rows}
+    if structured is not None:
+        result["srp"] = structured
     scoring.write(options.output, "results", result, pictures)
     if options.demo and sets:
         picture = demo.side_by_side(model, packed, sets, options.output / "comparison.png")
@@ -284,7 +300,8 @@ def _pairs(folders: Sequence[str], scale: int) -> list[Pair]:
 def _claim(options: argparse.Namespace, ranks: Ranks) -> None:
     """The output folder is ours: new, or to be resumed, or to be overwritten."""
     folder: Path = options.output
-    if not options.resume and not options.force and folder.exists() and any(folder.iterdir()):
+    there = folder.exists() and any(entry.name != "srp" for entry in folder.iterdir())
+    if not options.resume and not options.force and there:
         raise ValueError(f"{folder}: it is not empty; --resume goes on, --force overwrites")
     ranks.gather(None)  # every process has looked before the first one writes
     if ranks.is_main:
@@ -340,6 +357,7 @@ def _compress(
         "world": ranks.world,
         "source": source["sha256"],
         "feature_weight": options.feature_weight,
+        "weight_rate": options.weight_learning_rate / options.learning_rate,
     }
     done = folder / "done.json"
     if options.resume and done.exists() and json.loads(done.read_text())["settings"] == settings:
@@ -358,6 +376,7 @@ def _compress(
         schedule=schedule,
         validation=validation,
         feature_weight=options.feature_weight,
+        weight_rate=settings["weight_rate"],
         folder=folder,
         settings=settings,
         resume=options.resume,
@@ -370,84 +389,37 @@ def _compress(
     return quantized, report
 
 
-# --- Float training ----------------------------------------------------------------------------------
+# --- Float networks and structured pruning -----------------------------------------------------------
 
 
 def _train_float(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
-    import torch
+    from compsrt import float_command
 
-    from compsrt import checkpoint, data, scoring
-    from compsrt.float_training import FloatTraining, start_from
-    from compsrt.models.swinir import SwinIR
-    from compsrt.trainer import Trainer
+    network = float_command.network(options, ranks)
+    parts = _parts(options, ranks, network.scale)
+    return float_command.run(options, ranks, network, *parts)
 
-    scale = options.architecture.scale
+
+def _train_srp(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
+    """In a folder of its own if methods of quantization go on from its result."""
+    from compsrt import srp_command
+
+    options = argparse.Namespace(**vars(options))
+    if len(options.method) > 1:
+        options.output = options.output / "srp"
+    parts = _parts(options, ranks, srp_command.scale_of(options))
+    return srp_command.run(options, ranks, *parts)
+
+
+def _parts(options: argparse.Namespace, ranks: Ranks, scale: int) -> tuple[Any, ...]:
+    """Sampler, validation, test sets and schedule; the output folder is claimed."""
+    from compsrt import data
+
     train = _pairs(options.train, scale)
     sets = {Path(folder).name: data.find_pairs(folder, scale) for folder in options.test}
-    torch.manual_seed(options.seed)
-    network = SwinIR(options.architecture).to(ranks.device)
-    if options.weights:
-        fresh = start_from(network, checkpoint.load(options.weights, ranks.device))
-        if ranks.is_main and fresh:
-            print(f"started from {options.weights}; new: {', '.join(fresh)}")
     _claim(options, ranks)
     calibration, validation = _pictures(options, train, scale, ranks)
-    schedule = _schedule(options)
-    objective = FloatTraining(network, compiled=options.compile)
-    trainer = Trainer(
-        objective,
-        calibration.sampler,
-        schedule,
-        validation=validation,
-        folder=options.output,
-        settings={
-            "architecture": repr(options.architecture),
-            "schedule": json.dumps(dataclasses.asdict(schedule)),
-            "seed": options.seed,
-            "world": ranks.world,
-        },
-        ranks=ranks,
-        description=options.recipe,
-    )
-    if options.resume:
-        trainer.resume()
-    began = time.perf_counter(), trainer.step
-    trainer.fit()
-    speed = (
-        (trainer.step - began[1]) * options.batch * ranks.world / (time.perf_counter() - began[0])
-    )
-    trainer.load_best()
-    model = objective.model
-    path = options.output / "model.safetensors"
-    report: dict[str, Any] = {
-        "recipe": options.recipe,
-        "steps": trainer.step,
-        "seconds": trainer.seconds,
-        "images_per_second": speed,
-        "pictures": len(calibration.sampler),
-        "interrupted": trainer.interrupted,
-    }
-    if trainer.best is not None:
-        report |= {"validation_psnr": trainer.best[0], "best_step": trainer.best[1]}
-    if ranks.is_main:
-        checkpoint.save_float(model, path, card=report)
-    ranks.gather(None)
-    rows, pictures = [], []
-    for name, candidate in (("bicubic", None), (options.recipe, model)) if sets else ():
-        row, scores = scoring.score(
-            name, candidate, sets, scale, path=path if candidate else None, ranks=ranks
-        )
-        rows.append(row)
-        pictures += scores
-    if not ranks.is_main:
-        return None
-    if rows:
-        print(scoring.table(rows))
-    result = {"output": str(options.output), "scale": scale, **report, "rows": rows}
-    scoring.write(options.output, "results", result, pictures)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    return result
+    return calibration.sampler, validation, sets, _schedule(options)
 
 
 if __name__ == "__main__":

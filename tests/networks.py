@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from compsrt import models
+from compsrt.models.sesr import SESR, SESRConfig
 from compsrt.models.swinir import SwinIR, SwinIRConfig
 
 
@@ -29,6 +30,19 @@ def tiny_swinir(seed: int = 0, **changes) -> SwinIR:
             parameter.add_(0.2 * torch.randn_like(parameter))
         elif "table" in name or "attn" in name or "mlp" in name:
             parameter.mul_(8)
+    return model
+
+
+def tiny_sesr(seed: int = 0, **changes) -> SESR:
+    """A random SESR, x2, three blocks of 8, that adds a little to the picture; slopes of both signs."""
+    torch.manual_seed(seed)
+    model = SESR(SESRConfig(**{"scale": 2, "blocks": 3, "features": 8, **changes}))
+    model = model.eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "activations" in name:
+            parameter.uniform_(-0.2, 0.6)
+    model.body.last.weight.mul_(0.2)
+    model.body.last.bias.mul_(0.2)
     return model
 
 

@@ -48,13 +48,24 @@ without_shrinking = hypothesis.settings(
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate]
 )
 
+# The functions of `reference` that have a kernel.
+REFERENCES = (
+    "fake_quantize",
+    "hadamard_transform",
+    "masked_matmul",
+    "quant_linear",
+    "quant_mlp",
+    "quant_window_attention",
+    "search_bounds",
+)
+
 
 @contextlib.contextmanager
 def triton_only() -> Iterator[None]:
     """Kernels run and nothing else: no reference to fall back on, and unwritten outputs are NaN."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMPSRT_KERNELS", "triton")
-        for name in ("fake_quantize", "hadamard_transform", "search_bounds"):
+        for name in REFERENCES:
             patch.setattr(reference, name, None)
         torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
         try:

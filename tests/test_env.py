@@ -112,9 +112,12 @@ def test_which_kernels_run_where(choice, interpret, kind, path, monkeypatch):
     assert env.kernel_path(kind) == path
 
 
-def test_without_triton_a_gpu_has_no_kernels(monkeypatch):
+def test_without_triton_a_gpu_runs_the_reference(monkeypatch):
+    monkeypatch.delenv("COMPSRT_KERNELS", raising=False)
+    for kind in ("cuda", "cpu"):
+        assert env.kernel_path(kind, has_triton=False) == "reference"
+    monkeypatch.setenv("COMPSRT_KERNELS", "triton")
     assert env.kernel_path("cuda", has_triton=False).startswith("none: triton is not installed")
-    assert env.kernel_path("cpu", has_triton=False) == "reference"
 
 
 def test_the_version_is_the_same_everywhere():

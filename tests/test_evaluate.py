@@ -62,7 +62,10 @@ def test_a_table_of_models_and_test_sets(folder, tmp_path, capsys):
     argv = [*arguments(folder, *words), "--output", str(tmp_path), "--save-images"]
     assert run(evaluate.main, argv) == 0
     lines = capsys.readouterr().out.splitlines()
-    headings = "model A PSNR SSIM B PSNR SSIM bits/weight file kB float/file levels ms/picture"
+    headings = (
+        "model A PSNR SSIM B PSNR SSIM parameters GMACs bits/weight file kB float/file levels"
+        " ms/picture"
+    )
     assert " ".join(lines[0].split()) == headings
     assert [line.split()[0] for line in lines[2:5]] == ["bicubic", "float", "packed"]
     assert len(lines) == 6

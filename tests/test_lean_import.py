@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("triton", "skimage", "matplotlib", "tensorboard")
+HEAVY = ("triton", "skimage", "matplotlib", "tensorboard", "onnx", "ai_edge_litert")
 
 
 def python(program: str) -> str:

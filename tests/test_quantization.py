@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from networks import golden_swinir, tiny_swinir
 
 import compsrt
-from compsrt import checkpoint, transforms
+from compsrt import checkpoint, models, transforms
 from compsrt.calibration import calibrate
 from compsrt.models.quant_swinir import swap_blocks
 from compsrt.quantization import (
@@ -223,9 +223,9 @@ def test_a_swapped_model_leaves_the_float_one_alone_and_learns_only_scalars():
     }
     assert learned == {"lower", "upper"}
     with pytest.raises(ValueError, match="already"):
-        swap_blocks(quantized, QuantSpec())
+        models.quantized(quantized, QuantSpec())
     with pytest.raises(ValueError, match="Linear"):
-        swap_blocks(torch.nn.Linear(2, 2), QuantSpec())
+        models.quantized(torch.nn.Linear(2, 2), QuantSpec())
 
 
 def test_before_calibration_every_output_is_nan():

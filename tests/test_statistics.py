@@ -269,7 +269,7 @@ def test_range_of_the_small_network(source, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"{TENSORS} tensors (q, k and v share their input: it is one)" in out
     assert (
-        "Left as they are by hadamard, and so no part of this: 6 tensors (key, query, value)" in out
+        "Left as they are by hadamard, and so no part of this: 6 tensors (query, key, value)" in out
     )
     assert report["tensors"] == TENSORS - 6
     rows = read_csv(tmp_path / "new" / "folder" / "range.csv")

@@ -21,7 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from compsrt.models.quant_swinir import swap_blocks
+from compsrt import models
+from compsrt.models.swinir import SwinIR
 from compsrt.quantization import (
     Quantizer,
     QuantSpec,
@@ -120,7 +121,11 @@ def observe(
     NaN or infinite values, by its name.
     """
     spec = QuantSpec(bits=8, method="minmax", transform="none", storage="float32")
-    swapped = swap_blocks(model, spec).eval()
+    if not isinstance(model, SwinIR):
+        raise ValueError(
+            f"model: statistics of a {type(model).__name__} are not made, only SwinIR's"
+        )
+    swapped = models.quantized(model, spec).eval()
     names = {id(quantizer): name for name, quantizer in named_quantizers(swapped)}
     operands: dict[str, Operand] = {}
     sharing: dict[str, list[str]] = {}

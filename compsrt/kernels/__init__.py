@@ -10,19 +10,43 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attention import quant_window_attention
     from .bounds import search_bounds
     from .fake_quant import fake_quantize
     from .hadamard import hadamard_transform
     from .hadamard_fake_quant import hadamard_fake_quantize
-    from .reference import Grid, dequantize, quant_matmul, quantize_codes, step_and_zero
+    from .linear import masked_matmul, quant_linear, quant_linears
+    from .mlp import quant_mlp
+    from .reference import (
+        Grid,
+        LayerNormWeights,
+        PackedWeight,
+        QuantLayer,
+        QuantWeight,
+        dequantize,
+        pack_weight,
+        quant_matmul,
+        quantize_codes,
+        step_and_zero,
+    )
 
 __all__ = [
     "Grid",
+    "LayerNormWeights",
+    "PackedWeight",
+    "QuantLayer",
+    "QuantWeight",
     "dequantize",
     "fake_quantize",
     "hadamard_fake_quantize",
     "hadamard_transform",
+    "masked_matmul",
+    "pack_weight",
+    "quant_linear",
+    "quant_linears",
     "quant_matmul",
+    "quant_mlp",
+    "quant_window_attention",
     "quantize_codes",
     "search_bounds",
     "step_and_zero",
@@ -32,6 +56,11 @@ _FILES = {  # of the ops that have a kernel; all else is in reference/
     "fake_quantize": "fake_quant",
     "hadamard_fake_quantize": "hadamard_fake_quant",
     "hadamard_transform": "hadamard",
+    "masked_matmul": "linear",
+    "quant_linear": "linear",
+    "quant_linears": "linear",
+    "quant_mlp": "mlp",
+    "quant_window_attention": "attention",
     "search_bounds": "bounds",
 }
 

@@ -32,7 +32,15 @@ from typing import Any, NamedTuple
 from .dispatch import INSTALLED, INTERPRETED, triton
 
 TABLE = Path(__file__).with_name("aot_table.json")
-OPS = ("fake_quant", "hadamard", "hadamard_fake_quant", "bounds")  # files that have examples()
+OPS = (  # files that have examples()
+    "fake_quant",
+    "hadamard",
+    "hadamard_fake_quant",
+    "bounds",
+    "linear",
+    "mlp",
+    "attention",
+)
 COLUMNS = ("registers", "spill", "shared", "tensor", "occupancy", "seconds")
 
 # What `--check` accepts.

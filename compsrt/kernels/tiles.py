@@ -35,6 +35,22 @@ def dot(a, b, total):
     return tl.dot(a, b, total, input_precision=FLOAT32_PRODUCT)
 
 
+# --- Softmax -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def softmax(scores):
+    """The softmax of every row of a tile (M, N); one entry a row at least is above -inf."""
+    powers = tl.exp(scores - tl.max(scores, 1)[:, None])
+    return powers * (1.0 / tl.sum(powers, 1))[:, None]
+
+
+@triton.jit
+def softmax_backward(g, probabilities):
+    """The gradient of the scores from that of their softmax, all (M, N)."""
+    return probabilities * (g - tl.sum(probabilities * g, 1)[:, None])
+
+
 # --- Fake quantization ---------------------------------------------------------------------------
 
 
@@ -136,3 +152,33 @@ def scalar_gradients(for_scale, for_low, for_high, q, BITS: tl.constexpr):
     d_lower = for_low - saturated_low - share + d_zero
     d_upper = for_high - saturated_high + share
     return d_lower, d_upper, d_scale, d_zero
+
+
+# --- Layer norm and GELU -------------------------------------------------------------------------
+
+HALF_ROOT = tl.constexpr(0.7071067811865476)  # 1/sqrt(2)
+DENSITY = tl.constexpr(0.3989422804014327)  # 1/sqrt(2 pi), the normal density at 0
+
+
+@triton.jit
+def layer_norm_statistics(x, inside, SIZE: tl.constexpr, EPS: tl.constexpr):
+    """Mean and 1/sqrt(variance + EPS), each (M, 1), of the rows of x (M, K).
+
+    inside: which of the K columns count, SIZE of them; x is 0 in the others.
+    """
+    mean = tl.sum(x, 1, keep_dims=True) / SIZE
+    centred = tl.where(inside, x - mean, 0.0)
+    variance = tl.sum(centred * centred, 1, keep_dims=True) / SIZE
+    return mean, tl.div_rn(1.0, tl.sqrt_rn(variance + EPS))
+
+
+@triton.jit
+def gelu(x):
+    """The exact GELU, x times the normal distribution function."""
+    return 0.5 * x * (1.0 + tl.erf(x * HALF_ROOT))
+
+
+@triton.jit
+def gelu_derivative(x):
+    """The derivative of `gelu` at x."""
+    return 0.5 * (1.0 + tl.erf(x * HALF_ROOT)) + x * (DENSITY * tl.exp(-0.5 * x * x))

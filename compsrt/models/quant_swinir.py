@@ -3,15 +3,15 @@
 A Swin block is swapped as a whole (a block is what one fused kernel replaces). Its 16 quantizers:
 inputs and weights of q, k, v, proj, fc1, fc2, and the four operands of attention (query times
 d^-0.5, key, value, softmax). Each operand is rotated once on its last axis, quantized, and
-multiplied in the rotated domain, because (X T)(W T)^T = X W^T. What can be folded is folded:
+multiplied in the rotated domain, because (X T)(W T)^T = X W^T. Four ops of `kernels` make a block:
 
-- one rotation of the normalized tokens serves q, k and v;
-- the rotations of query, key and value on the head axis go into the q, k and v weights;
-- softmax(S) is rotated over its 64 tokens, so V^ is mixed by T^T before the product;
-- the way back from the value's rotation and the rotation before proj are one matrix.
+    q, k, v = quant_linears(norm1(x))      one rotation of the normalized tokens serves all three
+    y = quant_window_attention(q, k, v)
+    x = quant_linear(y) + x
+    x = quant_mlp(norm2(x)) + x
 
 A padded transform (order > size) is no rotation of the coefficients it adds, so there the
-projection T^T T stands between two quantized operands.
+projection T^T T stands between two quantized operands; the ops see to it.
 """
 
 from __future__ import annotations
@@ -19,46 +19,36 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
+from ..kernels.reference.attention import attend, rotate
+from ..kernels.reference.linear import padded, project
 from ..quantization import (
-    STORAGE,
+    METHODS,
     Quantizer,
     QuantSpec,
     WeightQuantizer,
     named_quantizers,
-    quant_spec,
-    stored_as_float,
+    round_to_storage,
 )
 from ..transforms import next_power_of_two, transform_matrix
 from . import swinir
 
 
 class QuantLinear(nn.Module):
-    """y = fq(x T) W^^T + bias, x already rotated; W^ as its WeightQuantizer gives it.
+    """y = fq(x T) W^^T + bias; W^ as its WeightQuantizer gives it, T `rotation` or None."""
 
-    after: a constant (C_out, C_out') that the output is multiplied by, folded into W^ and bias.
-    """
-
+    rotation: Tensor | None
     bias: Tensor | None
-    after: Tensor | None
-    projection: Tensor | None
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        transform: str,
-        spec: QuantSpec,
-        after: Tensor | None = None,
-    ):
+    def __init__(self, weight: Tensor, bias: Tensor | None, transform: str, spec: QuantSpec):
         super().__init__()
         out, size = weight.shape
         matrix = transform_matrix(transform, size, spec.seed)
-        rotated = weight.double() if matrix is None else weight.double() @ matrix.to(weight.device)
+        matrix = None if matrix is None else matrix.to(weight.device)
+        rotated = weight.double() if matrix is None else weight.double() @ matrix
         padded = matrix is not None and matrix.shape[0] != matrix.shape[1]
         self.input = Quantizer(spec.bits_of_activations, spec, searched=size if padded else None)
         self.weight = WeightQuantizer(
@@ -67,174 +57,142 @@ class QuantLinear(nn.Module):
             spec,
             next_power_of_two(out) if padded else None,
         )
-        self.register_buffer("bias", bias)
-        self.register_buffer("after", after, persistent=False)
-        projection = _projection(matrix)
-        projection = None if projection is None else projection.to(weight)
-        self.register_buffer("projection", projection, persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias, METHODS[spec.method].weights)
+        matrix = None if matrix is None else matrix.to(weight.dtype).contiguous()
+        self.register_buffer("rotation", matrix, persistent=False)
 
-    def effective(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (order, C_out') and bias (C_out') with everything constant folded in."""
-        weight, bias = self.weight().mT, self.bias
-        if self.projection is not None:
-            weight = self.projection @ weight
-        if self.after is not None:
-            weight = weight @ self.after
-            bias = bias if bias is None else bias @ self.after
-        return weight, bias
+    def layer(self) -> kernels.QuantLayer:
+        """The arguments of `kernels.quant_linear`."""
+        held = self.weight.rotated if self.weight.integers is None else self.weight.integers
+        assert held is not None
+        weight = kernels.QuantWeight(held, self.weight.grid(), self.weight.mask)
+        return kernels.QuantLayer(self.input.grid(), weight, self.bias, self.rotation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., order), rotated. Returns (..., C_out')."""
-        weight, bias = self.effective()
-        return multiply(x, weight, self.input, bias=bias)
-
-
-def multiply(
-    a: Tensor,
-    b: Tensor,
-    quantizer: Quantizer,
-    *,
-    bias: Tensor | None = None,
-    rotation: Tensor | None = None,
-) -> Tensor:
-    """quantizer(a @ rotation) @ b + bias, as one op unless the quantizer is being observed."""
-    if quantizer.observer is None:
-        return kernels.quant_matmul(a, b, quantizer.grid(), bias=bias, rotation=rotation)
-    product = quantizer(a if rotation is None else a @ rotation) @ b
-    return product if bias is None else product + bias
-
-
-def _per_head(matrix: Tensor | None, heads: int) -> Tensor | None:
-    return None if matrix is None else torch.block_diag(*[matrix] * heads)
-
-
-def _projection(matrix: Tensor | None) -> Tensor | None:
-    """T^T T where it is not the identity."""
-    return None if matrix is None or matrix.shape[0] == matrix.shape[1] else matrix.mT @ matrix
+    def observed(self, x: Tensor) -> Tensor:
+        """The same in pieces, so that the sites see their inputs. x: (..., K), rotated."""
+        weight = self.weight()
+        if self.rotation is not None and padded(self.rotation):
+            weight = project(weight, self.rotation)
+        return F.linear(self.input(x), weight, self.bias)
 
 
 class QuantSwinBlock(nn.Module):
     """A Swin block with its 16 quantizers; tokens (B, H, W, C) in and out, like the float block."""
 
-    rotate_qkv: Tensor | None
-    rotate_attention: Tensor | None
-    rotate_proj: Tensor | None
-    rotate_fc1: Tensor | None
-    rotate_fc2: Tensor | None
-    project_key: Tensor | None
+    rotate_head: Tensor | None
+    rotate_value: Tensor | None
+    rotate_token: Tensor | None
 
     def __init__(self, block: swinir.SwinBlock, spec: QuantSpec, name: str):
         super().__init__()
         attention, mlp = block.attn, block.mlp
-        dim, heads = attention.proj.in_features, attention.heads
-        head, tokens = dim // heads, attention.window**2
-        self.heads, self.window, self.shift = heads, block.window, block.shift
-        weight = attention.qkv.weight
-        device, dtype = weight.device, weight.dtype
+        self.window, self.shift = block.window, block.shift
+        self.heads, self.head_dim = attention.heads, attention.head_dim
+        first = attention.qkv.weight
 
-        def matrix(group: str, size: int) -> Tensor | None:
-            found = transform_matrix(spec.transform_of(name, group), size, spec.seed)
-            return None if found is None else found.to(device)
-
-        head_matrix, value_matrix = matrix("query_key", head), matrix("value", head)
-        token_matrix = matrix("attention", tokens)
-        identity = torch.eye(dim, dtype=torch.float64, device=device)
-        after_qk = _per_head(head_matrix, heads)
-        after_q = (identity if after_qk is None else after_qk) * head**-0.5
-        after_v = _per_head(value_matrix, heads)
-        rotate_proj = matrix("proj", dim)
-        back = None if after_v is None else after_v.mT
-        if back is not None and rotate_proj is not None:
-            rotate_proj = back @ rotate_proj
-        elif rotate_proj is None:
-            rotate_proj = back
-
-        def linear(
-            layer: nn.Linear, group: str, part: int | None = None, after: Tensor | None = None
-        ) -> QuantLinear:
-            weight, bias = layer.weight.detach(), layer.bias
-            bias = None if bias is None else bias.detach()
+        def linear(layer: nn.Linear, group: str, part: int | None = None) -> QuantLinear:
+            tensors = [layer.weight, layer.bias]
             if part is not None:
-                weight = weight.chunk(3)[part]
-                bias = None if bias is None else bias.chunk(3)[part]
-            after = None if after is None else after.to(dtype)
-            return QuantLinear(weight.clone(), bias, spec.transform_of(name, group), spec, after)
+                tensors = [None if t is None else t.chunk(3)[part] for t in tensors]
+            weight, bias = (None if t is None else t.detach().clone() for t in tensors)
+            assert weight is not None
+            return QuantLinear(weight, bias, spec.transform_of(name, group), spec)
 
-        def activation(size: int, found: Tensor | None) -> Quantizer:
-            padded = found is not None and found.shape[0] != found.shape[1]
+        def activation(key: str, group: str, size: int) -> Quantizer:
+            """The site of an operand of attention; its rotation is the buffer of that key."""
+            matrix = transform_matrix(spec.transform_of(name, group), size, spec.seed)
+            padded = matrix is not None and matrix.shape[0] != matrix.shape[1]
+            matrix = None if matrix is None else matrix.to(first).contiguous()
+            self.register_buffer(key, matrix, persistent=False)
             return Quantizer(spec.bits_of_activations, spec, searched=size if padded else None)
 
         self.norm1 = block.norm1
-        self.q = linear(attention.qkv, "qkv", 0, after_q)
-        self.k = linear(attention.qkv, "qkv", 1, after_qk)
-        self.v = linear(attention.qkv, "qkv", 2, after_v)
-        self.query = activation(head, head_matrix)
-        self.key = activation(head, head_matrix)
-        self.value = activation(head, value_matrix)
-        self.attention = activation(tokens, token_matrix)
+        self.q = linear(attention.qkv, "qkv", 0)
+        self.k = linear(attention.qkv, "qkv", 1)
+        self.v = linear(attention.qkv, "qkv", 2)
+        self.query = activation("rotate_head", "query_key", self.head_dim)
+        self.key = activation("rotate_head", "query_key", self.head_dim)
+        self.value = activation("rotate_value", "value", self.head_dim)
+        self.attention = activation("rotate_token", "attention", self.window**2)
         self.relative_position_bias_table = attention.relative_position_bias_table
         self.proj = linear(attention.proj, "proj")
         self.norm2 = block.norm2
         self.fc1 = linear(mlp.fc1, "fc1")
         self.fc2 = linear(mlp.fc2, "fc2")
-        constants = {
-            "rotate_qkv": matrix("qkv", dim),
-            "rotate_attention": token_matrix,
-            "rotate_proj": rotate_proj,
-            "rotate_fc1": matrix("fc1", dim),
-            "rotate_fc2": matrix("fc2", mlp.fc1.out_features),
-            "project_key": _projection(head_matrix),
-        }
-        for key, value in constants.items():
-            value = None if value is None else value.to(dtype).contiguous()
-            self.register_buffer(key, value, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        _, height, width, _ = x.shape
-        size = height, width, self.window, self.shift
-        windows = swinir.to_windows(self.norm1(x), self.window, self.shift)
-        x = x + swinir.from_windows(self._attend(windows, size), *size)
-        hidden = F.gelu(self.fc1(_rotate(self.norm2(x), self.rotate_fc1)))
-        return x + self.fc2(_rotate(hidden, self.rotate_fc2))
+        if self.query.observer is not None:
+            return self._observed(x)
+        layers = [linear.layer()._replace(rotation=None) for linear in (self.q, self.k, self.v)]
+        q, k, v = kernels.quant_linears(x, layers, norm=_norm(self.norm1), rotation=self.q.rotation)
+        y = kernels.quant_window_attention(
+            q,
+            k,
+            v,
+            self.relative_position_bias_table,
+            [site.grid() for site in self._attention_sites()],
+            heads=self.heads,
+            window=self.window,
+            shift=self.shift,
+            scale=self.head_dim**-0.5,
+            head_rotation=self.rotate_head,
+            value_rotation=self.rotate_value,
+            token_rotation=self.rotate_token,
+        )
+        x = kernels.quant_linear(y, **self.proj.layer()._asdict(), residual=x)
+        layers = self.fc1.layer(), self.fc2.layer()
+        return kernels.quant_mlp(x, *layers, norm=_norm(self.norm2), residual=True)
 
-    def _attend(self, x: Tensor, size: tuple[int, int, int, int]) -> Tensor:
-        """x: (B * windows, N, C). Returns the same shape, after proj."""
-        x = _rotate(x, self.rotate_qkv)
-        windows = size[0] // self.window * (size[1] // self.window)
-        q, k, v = (self._split(linear(x), windows) for linear in (self.q, self.k, self.v))
-        if self.project_key is None and self.query.observer is None:
-            scores = kernels.quant_matmul(q, k.mT, self.query.grid(), self.key.grid())
-        else:
-            scores = multiply(q, _rotate(self.key(k), self.project_key).mT, self.query)
-        scores = swinir.add_bias(scores, self.relative_position_bias_table, size)
-        # T^T V^ as (V^^T T)^T: one product of many rows is four times as fast as one a window.
-        mixed = _rotate(self.value(v).mT, self.rotate_attention).mT
-        out = multiply(scores.softmax(-1), mixed, self.attention, rotation=self.rotate_attention)
-        tokens = out.transpose(2, 3).flatten(0, 1).flatten(2)
-        return self.proj(_rotate(tokens, self.rotate_proj))
+    def _attention_sites(self) -> tuple[Quantizer, ...]:
+        return self.query, self.key, self.value, self.attention
 
-    def _split(self, x: Tensor, windows: int) -> Tensor:
-        """(B * windows, N, heads * d) -> (B, windows, heads, N, d)"""
-        return x.unflatten(-1, (self.heads, -1)).unflatten(0, (-1, windows)).transpose(2, 3)
+    def _observed(self, x: Tensor) -> Tensor:
+        """The block in pieces, so that every site sees its input."""
+        tokens = rotate(self.norm1(x), self.q.rotation)
+        q, k, v = (linear.observed(tokens) for linear in (self.q, self.k, self.v))
+        y = attend(
+            q,
+            k,
+            v,
+            self.relative_position_bias_table,
+            self._attention_sites(),
+            self.heads,
+            self.window,
+            self.shift,
+            self.head_dim**-0.5,
+            self.rotate_head,
+            self.rotate_value,
+            self.rotate_token,
+            quantize=_observe,
+            multiply=_multiply_observed,
+        )
+        x = x + self.proj.observed(rotate(y, self.proj.rotation))
+        hidden = F.gelu(self.fc1.observed(rotate(self.norm2(x), self.fc1.rotation)))
+        return x + self.fc2.observed(rotate(hidden, self.fc2.rotation))
 
 
-def _rotate(x: Tensor, matrix: Tensor | None) -> Tensor:
-    return x if matrix is None else x @ matrix
+def _norm(norm: nn.LayerNorm) -> kernels.LayerNormWeights:
+    return kernels.LayerNormWeights(norm.weight, norm.bias, norm.eps)
 
 
-def swap_blocks(model: nn.Module, spec: QuantSpec) -> nn.Module:
+def _observe(x: Tensor, rotation: Tensor | None, site: Quantizer) -> Tensor:
+    return site(rotate(x, rotation))
+
+
+def _multiply_observed(
+    a: Tensor, b: Tensor, a_site: Quantizer, b_site: Quantizer | None = None, *, rotation=None
+) -> Tensor:
+    # A site sees (..., tokens, channels); keys arrive the other way round.
+    return _observe(a, rotation, a_site) @ (b if b_site is None else b_site(b.mT).mT)
+
+
+def swap_blocks(model: swinir.SwinIR, spec: QuantSpec) -> nn.Module:
     """A copy of a float model with every Swin block replaced by its quantized form, not calibrated.
 
     Everything that stays float is rounded to spec.storage here, so that what is trained and
     measured is what the file holds. Only the scalars that spec.method learns require gradients.
-    The copy has `.spec`. Raises ValueError for a model without blocks to quantize.
+    The copy has `.spec`.
     """
-    if quant_spec(model) is not None:
-        raise ValueError("model: it is quantized already; start from the float model")
-    if not isinstance(model, swinir.SwinIR):
-        raise ValueError(
-            f"model: {type(model).__name__} has no quantized form; only SwinIR has one"
-        )
     model = copy.deepcopy(model).requires_grad_(False)
     for name, parent, position, block in list(model.named_blocks()):
         assert isinstance(block, swinir.SwinBlock)
@@ -242,8 +200,7 @@ def swap_blocks(model: nn.Module, spec: QuantSpec) -> nn.Module:
     first = next(model.parameters())
     for name, quantizer in named_quantizers(model):
         quantizer.to(first.device, first.dtype).site = name
-    for tensor in stored_as_float(model).values():
-        tensor.copy_(tensor.to(STORAGE[spec.storage]))
     quantized: Any = model
     quantized.spec = spec
+    round_to_storage(model)
     return model

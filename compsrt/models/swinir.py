@@ -11,7 +11,6 @@ the window are padded by reflection (the edge row repeated) and the output is cr
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Mapping
 
@@ -19,13 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.reference.windows import add_bias, from_windows, to_windows
+from ..kernels.reference.windows import shift_mask as shift_mask  # a name of this file too
+
 UPSAMPLERS = ("pixelshuffledirect", "pixelshuffle")
 MEAN_RGB = (0.4488, 0.4371, 0.4040)  # of DIV2K, subtracted before and added after
 
 
 @dataclasses.dataclass(frozen=True)
 class SwinIRConfig:
-    """Hyper-parameters of a SwinIR; the defaults are SwinIR-light x4."""
+    """Hyper-parameters of a SwinIR; the defaults are SwinIR-light x4.
+
+    head_dim: channels of a head, one entry a layer; () where all are embed_dim / heads, as they
+    are unless heads were pruned.
+    """
 
     scale: int = 4
     depths: tuple[int, ...] = (6, 6, 6, 6)
@@ -39,6 +45,7 @@ class SwinIRConfig:
     upsample_channels: int = 64
     qkv_bias: bool = True
     patch_norm: bool = True
+    head_dim: tuple[int, ...] = ()
 
     def __post_init__(self):
         if not len(self.depths) == len(self.num_heads) == len(self.mlp_hidden) >= 1:
@@ -46,9 +53,13 @@ class SwinIRConfig:
                 f"depths {self.depths}, num_heads {self.num_heads} and mlp_hidden"
                 f" {self.mlp_hidden} must have one entry a layer"
             )
+        if self.head_dim and len(self.head_dim) != len(self.depths):
+            raise ValueError(f"head_dim: {self.head_dim} must have one entry a layer, or none")
         for heads in self.num_heads:
-            if heads < 1 or self.embed_dim % heads:
+            if heads < 1 or (not self.head_dim and self.embed_dim % heads):
                 raise ValueError(f"embed_dim: {self.embed_dim} is not divisible by {heads} heads")
+        if min(self.head_dim, default=1) < 1 or min(self.mlp_hidden) < 1:
+            raise ValueError("head_dim and mlp_hidden: every width must be at least 1")
         if self.upsampler not in UPSAMPLERS:
             raise ValueError(
                 f"upsampler: {self.upsampler!r} is not supported; one of {', '.join(UPSAMPLERS)}"
@@ -56,74 +67,12 @@ class SwinIRConfig:
         if self.scale not in (1, 2, 3, 4, 8):
             raise ValueError(f"scale: {self.scale} is not one of 2, 3, 4, 8")
 
-
-# --- Windows ---------------------------------------------------------------------------------------
-
-
-def to_windows(x: Tensor, window: int, shift: int) -> Tensor:
-    """(B, H, W, C) -> (B * windows, window * window, C), after a cyclic shift up and left."""
-    if shift:
-        x = x.roll((-shift, -shift), dims=(1, 2))
-    b, h, w, c = x.shape
-    x = x.view(b, h // window, window, w // window, window, c).transpose(2, 3)
-    return x.reshape(-1, window * window, c)
+    def head_dim_of(self, layer: int) -> int:
+        """Channels of each head in a layer."""
+        return self.head_dim[layer] if self.head_dim else self.embed_dim // self.num_heads[layer]
 
 
-def from_windows(x: Tensor, height: int, width: int, window: int, shift: int) -> Tensor:
-    """The inverse of `to_windows`: (B * windows, window * window, C) -> (B, H, W, C)."""
-    c = x.shape[-1]
-    x = x.view(-1, height // window, width // window, window, window, c).transpose(2, 3)
-    x = x.reshape(-1, height, width, c)
-    return x.roll((shift, shift), dims=(1, 2)) if shift else x
-
-
-@functools.lru_cache(maxsize=16)
-def relative_position_index(window: int, device: torch.device) -> Tensor:
-    """(N, N) row of the bias table for each pair of the N = window^2 tokens of a window."""
-    position = torch.arange(window, device=device)
-    y, x = (axis.flatten() for axis in torch.meshgrid(position, position, indexing="ij"))
-    dy = y[:, None] - y[None, :] + window - 1
-    dx = x[:, None] - x[None, :] + window - 1
-    return dy * (2 * window - 1) + dx
-
-
-def relative_bias(table: Tensor, window: int) -> Tensor:
-    """(heads, N, N) from the bias table ((2 window - 1)^2, heads)."""
-    index = relative_position_index(window, table.device)
-    return table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1)
-
-
-@functools.lru_cache(maxsize=16)
-def shift_mask(
-    height: int, width: int, window: int, shift: int, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """(windows, N, N): 0 where two tokens of a shifted window are neighbours in the picture, else -100.
-
-    The cyclic shift brings up to four regions of the picture into one window.
-    """
-
-    def region(size: int) -> Tensor:
-        i = torch.arange(size, device=device)
-        return (i >= size - window).int() + (i >= size - shift).int()
-
-    regions = (3 * region(height)[:, None] + region(width)[None, :])[None, :, :, None]
-    regions = to_windows(regions, window, 0)[..., 0]
-    other = regions[:, None, :] != regions[:, :, None]
-    return torch.zeros(other.shape, device=device, dtype=dtype).masked_fill_(other, -100.0)
-
-
-def add_bias(scores: Tensor, table: Tensor, size: tuple[int, int, int, int]) -> Tensor:
-    """scores (B, windows, heads, N, N) plus the relative bias and the shift mask, overwriting scores.
-
-    table: ((2 window - 1)^2, heads); size: height, width, window, shift of the token grid.
-    """
-    terms = [relative_bias(table, size[2])]
-    if size[3]:
-        terms.append(shift_mask(*size, scores.device, scores.dtype)[:, None])
-    for term in terms:
-        # torch.compile fuses the sum by itself, and cannot differentiate the overwriting form.
-        scores = scores + term if torch.compiler.is_compiling() else scores.add_(term)
-    return scores
+# --- Padding ---------------------------------------------------------------------------------------
 
 
 def mirror_to_multiple(x: Tensor, multiple: int) -> Tensor:
@@ -141,25 +90,29 @@ def mirror_to_multiple(x: Tensor, multiple: int) -> Tensor:
 
 
 class WindowAttention(nn.Module):
-    """Multi-head self-attention inside windows, with a learned bias for each relative position."""
+    """Multi-head self-attention inside windows, with a learned bias for each relative position.
 
-    def __init__(self, dim: int, heads: int, window: int, qkv_bias: bool = True):
+    heads * head_dim need not be dim: heads can be pruned.
+    """
+
+    def __init__(self, dim: int, heads: int, head_dim: int, window: int, qkv_bias: bool = True):
         super().__init__()
-        self.heads, self.window = heads, window
+        self.heads, self.head_dim, self.window = heads, head_dim, window
+        inner = heads * head_dim
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias)
+        self.proj = nn.Linear(inner, dim)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, size: tuple[int, int, int, int]) -> Tensor:
         """x: (B * windows, N, C); size: height, width, window, shift. Returns x's shape."""
-        b, n, c = x.shape
+        b, n, _ = x.shape
         windows = size[0] // self.window * (size[1] // self.window)
-        shape = -1, windows, n, 3, self.heads, c // self.heads
+        shape = -1, windows, n, 3, self.heads, self.head_dim
         q, k, v = self.qkv(x).view(shape).permute(3, 0, 1, 4, 2, 5)
-        scores = (q * (c // self.heads) ** -0.5) @ k.mT
+        scores = (q * self.head_dim**-0.5) @ k.mT
         scores = add_bias(scores, self.relative_position_bias_table, size)
-        return self.proj((scores.softmax(-1) @ v).transpose(2, 3).reshape(b, n, c))
+        return self.proj((scores.softmax(-1) @ v).transpose(2, 3).reshape(b, n, -1))
 
 
 class Mlp(nn.Module):
@@ -177,13 +130,16 @@ class Mlp(nn.Module):
 class SwinBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), on a token grid (B, H, W, C)."""
 
-    def __init__(self, dim: int, heads: int, window: int, shift: int, hidden: int, qkv_bias=True):
+    def __init__(self, config: SwinIRConfig, layer: int, shift: int):
         super().__init__()
+        dim, window = config.embed_dim, config.window_size
         self.window, self.shift = window, shift
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, heads, window, qkv_bias)
+        self.attn = WindowAttention(
+            dim, config.num_heads[layer], config.head_dim_of(layer), window, config.qkv_bias
+        )
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, hidden)
+        self.mlp = Mlp(dim, config.mlp_hidden[layer])
 
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape
@@ -219,20 +175,10 @@ class ResidualLayer(nn.Module):
 
     def __init__(self, config: SwinIRConfig, index: int):
         super().__init__()
-        dim, window = config.embed_dim, config.window_size
-        blocks = (
-            SwinBlock(
-                dim,
-                config.num_heads[index],
-                window,
-                window // 2 if i % 2 else 0,
-                config.mlp_hidden[index],
-                config.qkv_bias,
-            )
-            for i in range(config.depths[index])
-        )
+        shifts = (config.window_size // 2 * (i % 2) for i in range(config.depths[index]))
+        blocks = (SwinBlock(config, index, shift) for shift in shifts)
         self.residual_group = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
-        self.conv = _residual_conv(dim, config.resi_connection)
+        self.conv = _residual_conv(config.embed_dim, config.resi_connection)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -337,7 +283,12 @@ class SwinIR(nn.Module):
 
 # --- State dicts -----------------------------------------------------------------------------------
 
+Config, Network = SwinIRConfig, SwinIR
 _BUFFERS = ("relative_position_index", "attn_mask")
+
+
+def recognizes(state: Mapping[str, Tensor]) -> bool:
+    return {"conv_first.weight", "layers.0.residual_group.blocks.0.attn.qkv.weight"} <= set(state)
 
 
 def read_config(state: Mapping[str, Tensor]) -> SwinIRConfig:
@@ -352,7 +303,7 @@ def read_config(state: Mapping[str, Tensor]) -> SwinIRConfig:
     if "upsample.0.weight" not in state:
         raise ValueError("SwinIR without an upsampler (denoising, JPEG) is not supported")
     embed_dim, in_channels = state["conv_first.weight"].shape[:2]
-    depths, heads, hidden = [], [], []
+    depths, heads, head_dim, hidden = [], [], [], []
     while f"layers.{len(depths)}.residual_group.blocks.0.norm1.weight" in state:
         prefix = f"layers.{len(depths)}.residual_group.blocks."
         depth = 0
@@ -360,8 +311,10 @@ def read_config(state: Mapping[str, Tensor]) -> SwinIRConfig:
             depth += 1
         depths.append(depth)
         heads.append(state[f"{prefix}0.attn.relative_position_bias_table"].shape[1])
+        head_dim.append(state[f"{prefix}0.attn.proj.weight"].shape[1] // heads[-1])
         hidden.append(state[f"{prefix}0.mlp.fc1.weight"].shape[0])
     table = state["layers.0.residual_group.blocks.0.attn.relative_position_bias_table"]
+    usual = all(n * d == embed_dim for n, d in zip(heads, head_dim, strict=True))
     window = (math.isqrt(table.shape[0]) + 1) // 2
     upsample_channels = 64
     if "conv_before_upsample.0.weight" in state:
@@ -379,6 +332,7 @@ def read_config(state: Mapping[str, Tensor]) -> SwinIRConfig:
         depths=tuple(depths),
         embed_dim=embed_dim,
         num_heads=tuple(heads),
+        head_dim=() if usual else tuple(head_dim),
         window_size=window,
         mlp_hidden=tuple(hidden),
         upsampler=upsampler,

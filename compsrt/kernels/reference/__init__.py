@@ -1,5 +1,17 @@
 """Every op in plain PyTorch: the definition of right, and what runs on a CPU."""
 
+from .attention import quant_window_attention
+from .linear import (
+    LayerNormWeights,
+    PackedWeight,
+    QuantLayer,
+    QuantWeight,
+    masked_matmul,
+    pack_weight,
+    quant_linear,
+    quant_linears,
+    quant_mlp,
+)
 from .quantize import (
     CODES,
     Grid,
@@ -17,11 +29,21 @@ from .quantize import (
 __all__ = [
     "CODES",
     "Grid",
+    "LayerNormWeights",
+    "PackedWeight",
+    "QuantLayer",
+    "QuantWeight",
     "check_quantizer",
     "dequantize",
     "fake_quantize",
     "hadamard_transform",
+    "masked_matmul",
+    "pack_weight",
+    "quant_linear",
+    "quant_linears",
     "quant_matmul",
+    "quant_mlp",
+    "quant_window_attention",
     "quantize_codes",
     "search_bounds",
     "sort_rows",

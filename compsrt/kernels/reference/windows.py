@@ -1,0 +1,99 @@
+"""Windows of a token grid: partition and cyclic shift, relative-position bias, shift mask.
+
+Everything depends only on sizes. Source: Swin Transformer (Liu et al., ICCV 2021), section 3.2.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CACHES: list[Any] = []
+
+
+def _kept(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keeps the last results by their arguments; not while a graph is traced, where they are no data."""
+    kept = functools.lru_cache(maxsize=16)(function)
+
+    @functools.wraps(function)
+    def call(*arguments) -> Tensor:
+        return (function if torch.compiler.is_compiling() else kept)(*arguments)
+
+    _CACHES.append(kept)
+    return call
+
+
+def forget() -> None:
+    """Drop what is kept."""
+    for cache in _CACHES:
+        cache.cache_clear()
+
+
+def to_windows(x: Tensor, window: int, shift: int) -> Tensor:
+    """(B, H, W, C) -> (B * windows, window * window, C), after a cyclic shift up and left."""
+    if shift:
+        x = x.roll((-shift, -shift), dims=(1, 2))
+    b, h, w, c = x.shape
+    x = x.view(b, h // window, window, w // window, window, c).transpose(2, 3)
+    return x.reshape(-1, window * window, c)
+
+
+def from_windows(x: Tensor, height: int, width: int, window: int, shift: int) -> Tensor:
+    """The inverse of `to_windows`: (B * windows, window * window, C) -> (B, H, W, C)."""
+    c = x.shape[-1]
+    x = x.view(-1, height // window, width // window, window, window, c).transpose(2, 3)
+    x = x.reshape(-1, height, width, c)
+    return x.roll((shift, shift), dims=(1, 2)) if shift else x
+
+
+@_kept
+def relative_position_index(window: int, device: torch.device) -> Tensor:
+    """(N, N) row of the bias table for each pair of the N = window^2 tokens of a window."""
+    position = torch.arange(window, device=device)
+    y, x = (axis.flatten() for axis in torch.meshgrid(position, position, indexing="ij"))
+    dy = y[:, None] - y[None, :] + window - 1
+    dx = x[:, None] - x[None, :] + window - 1
+    return dy * (2 * window - 1) + dx
+
+
+def relative_bias(table: Tensor, window: int) -> Tensor:
+    """(heads, N, N) from the bias table ((2 window - 1)^2, heads)."""
+    index = relative_position_index(window, table.device)
+    return table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1)
+
+
+@_kept
+def shift_mask(
+    height: int, width: int, window: int, shift: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """(windows, N, N): 0 where two tokens of a shifted window are neighbours in the picture, else -100.
+
+    The cyclic shift brings up to four regions of the picture into one window.
+    """
+
+    def region(size: int) -> Tensor:
+        i = torch.arange(size, device=device)
+        return (i >= size - window).int() + (i >= size - shift).int()
+
+    regions = (3 * region(height)[:, None] + region(width)[None, :])[None, :, :, None]
+    regions = to_windows(regions, window, 0)[..., 0]
+    other = regions[:, None, :] != regions[:, :, None]
+    return torch.zeros(other.shape, device=device, dtype=dtype).masked_fill_(other, -100.0)
+
+
+def add_bias(scores: Tensor, table: Tensor, size: tuple[int, int, int, int]) -> Tensor:
+    """scores (B, windows, heads, N, N) plus the relative bias and the shift mask, overwriting scores.
+
+    table: ((2 window - 1)^2, heads); size: height, width, window, shift of the token grid.
+    """
+    terms = [relative_bias(table, size[2])]
+    if size[3]:
+        terms.append(shift_mask(*size, scores.device, scores.dtype)[:, None])
+    for term in terms:
+        # torch.compile fuses the sum by itself, and cannot differentiate the overwriting form.
+        scores = scores + term if torch.compiler.is_compiling() else scores.add_(term)
+    return scores

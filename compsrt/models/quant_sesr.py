@@ -1,0 +1,108 @@
+"""SESR in integers: every tensor that a device would hold in 8 bits or fewer is quantized.
+
+Weights are symmetric, a scale for each output channel. Activations are asymmetric with 0 among their
+levels, a scale for each tensor: the picture, the output of every convolution, of every PReLU and of
+both sums, and the enlarged picture. What enters a convolution has `spec` bits; what does not (the
+sums of products before a PReLU, the last convolution's output, pictures) has 8, or more bits would be
+lost there than any multiplier saves. The two pictures have the fixed range [0, 1].
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..quantization import (
+    METHODS,
+    AffineQuantizer,
+    QuantSpec,
+    SymmetricWeightQuantizer,
+    named_quantizers,
+    round_to_storage,
+)
+from . import sesr
+
+PICTURE_BITS = 8  # of pictures, and of what no convolution reads
+
+
+class QuantConv2d(nn.Module):
+    """A convolution, stride 1 and sides kept, with quantized weights (as (C_out, C_in k k))."""
+
+    bias: nn.Parameter
+
+    def __init__(self, convolution: nn.Conv2d, spec: QuantSpec):
+        super().__init__()
+        kernel = convolution.weight.detach()
+        self.shape = kernel.shape[1:]
+        self.weight = SymmetricWeightQuantizer(
+            kernel.flatten(1).clone(), spec.bits_of_weights, spec
+        )
+        assert convolution.bias is not None
+        self.bias = nn.Parameter(
+            convolution.bias.detach().clone(), requires_grad=METHODS[spec.method].weights
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.weight().unflatten(1, self.shape)
+        return F.conv2d(x, kernel, self.bias, padding=kernel.shape[-1] // 2)
+
+
+class QuantSESRBody(nn.Module):
+    """A `SESRBody` with its quantizers, on luma: (B, 1, H, W) -> (B, 1, scale H, scale W)."""
+
+    def __init__(self, body: sesr.SESRBody, spec: QuantSpec):
+        super().__init__()
+        self.config = body.config
+        inner, bits = PICTURE_BITS, spec.bits_of_activations
+        count = body.config.blocks + 1
+        self.image = AffineQuantizer(inner, spec, fixed=(0.0, 1.0))
+        convolutions: list[Any] = [body.first, *body.blocks]
+        self.convolutions = nn.ModuleList(QuantConv2d(c, spec) for c in convolutions)
+        self.sums = nn.ModuleList(AffineQuantizer(inner, spec) for _ in range(count))
+        self.activations = copy.deepcopy(body.activations)
+        self.activations.requires_grad_(METHODS[spec.method].weights)
+        self.activated = nn.ModuleList(AffineQuantizer(bits, spec) for _ in range(count))
+        self.long = AffineQuantizer(bits, spec)
+        self.last = QuantConv2d(body.last, spec)
+        self.last_sum = AffineQuantizer(inner, spec)
+        self.output = AffineQuantizer(inner, spec, fixed=(0.0, 1.0))
+        self.shuffle = body.shuffle
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.image(x)
+        y, first = x, x
+        layers = zip(self.convolutions, self.sums, self.activations, self.activated, strict=True)
+        for i, (convolution, products, activation, activated) in enumerate(layers):
+            y = activated(activation(products(convolution(y))))
+            first = y if i == 0 else first
+        y = self.last_sum(self.last(self.long(y + first)))
+        return self.shuffle(self.output(y + x))
+
+
+def swap_body(model: sesr.SESR, spec: QuantSpec) -> nn.Module:
+    """A copy of a float SESR with its body in the quantized form, not calibrated; it has `.spec`.
+
+    All that stays float is rounded to spec.storage. Raises ValueError for a method or a transform
+    that this network has no use for.
+    """
+    learned = METHODS[spec.method].learn
+    if "alpha" in learned or spec.transform not in (None, "none") or spec.site_transforms:
+        fit = [name for name, method in METHODS.items() if "alpha" not in method.learn]
+        raise ValueError(
+            f"method: {spec.method!r} rotates or shifts its codes, which SESR's integer"
+            f" convolutions cannot; use one of {', '.join(fit)}, without a transform"
+        )
+    if spec.codes != "clamped":
+        raise ValueError("codes: SESR's integers are clamped; unclamped codes are for SwinIR")
+    model = copy.deepcopy(model).requires_grad_(False)
+    quantized: Any = model
+    quantized.body = QuantSESRBody(model.body, spec)
+    first = next(model.parameters())
+    for name, quantizer in named_quantizers(model):
+        quantizer.to(first.device, first.dtype).site = name
+    quantized.spec = spec
+    round_to_storage(model)
+    return model
