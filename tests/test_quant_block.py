@@ -98,3 +98,14 @@ def test_steps_of_distillation_by_kernels_follow_the_reference(device, monkeypat
         monkeypatch.delenv("COMPSRT_KERNELS")
     reference, triton = (torch.tensor(losses[name]) for name in ("reference", "triton"))
     assert abs(float(triton.mean() / reference.mean()) - 1) < 0.02
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_network_of_kernels_compiles_into_one_graph(device, monkeypatch):
+    quantized = compsrt.quantize(tiny_swinir(), QuantSpec(bits=6), torch.rand(1, 3, 16, 16))
+    quantized, x = quantized.to(device), torch.rand(1, 3, 8, 16).to(device)
+    monkeypatch.setenv("COMPSRT_KERNELS", "triton")
+    expected = quantized(x)
+    compiled = torch.compile(quantized, fullgraph=True, dynamic=False, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=0, atol=1e-6)
+    torch.compiler.reset()
