@@ -54,7 +54,7 @@ def test_all_kernels_compile_for_one_target_as_the_table_says(kernels):
     """The other targets' figures are the committed table's; `aot --check` compiles for all."""
     out = python("-m", "compsrt.kernels.aot", "--check", "--target", "cuda:90", "--kernel", kernels)
     report = json.loads(out.splitlines()[-1])
-    assert report["faults"] == [] and report["lines"] > 10
+    assert report["faults"] == [] and report["lines"] >= 8
 
 
 def test_the_committed_table_has_every_launch():
