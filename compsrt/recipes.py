@@ -111,7 +111,7 @@ def _srpn_mini(method: tuple[str, ...], channels: int) -> Recipe:
         else "the network that it leaves, from scratch, for comparison",
         method=method,
         architecture=EDSRConfig.uniform(2, blocks=8, channels=channels),
-        steps=16_000 if srp else 32_000,
+        steps=10_000 if srp else 20_000,
         batch=8,
         patch=(32,),
         learning_rate=1e-3,
@@ -123,11 +123,11 @@ def _srpn_mini(method: tuple[str, ...], channels: int) -> Recipe:
         penalty_growth="geometric",
         penalty_start=1e-3,
         penalty_step=0.0167,
-        penalty_every=10,
+        penalty_every=6,
         penalty_limit=4.0,
-        stabilize=990,
+        stabilize=994,
         prune_learning_rate=5e-4,
-        finetune_steps=10_000,
+        finetune_steps=6000,
         finetune_learning_rate=1e-3,
     )
 
