@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from hypothesis import strategies as st
 from networks import golden_swinir, tiny_swinir
 
 from compsrt import models
-from compsrt.models import swinir
+from compsrt.models import layers, swinir
 
 
 @pytest.mark.parametrize("scale", [2, 4])
@@ -139,3 +141,29 @@ def test_grey_pictures_and_wrong_configurations():
         swinir.SwinIRConfig(num_heads=(7, 6, 6, 6))
     with pytest.raises(ValueError, match="upsampler"):
         swinir.SwinIRConfig(upsampler="nearest+conv")
+
+
+@pytest.mark.parametrize("upsampler", swinir.UPSAMPLERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_survives_a_stream_that_half_types_cannot_hold(dtype, upsampler):
+    model = tiny_swinir(upsampler=upsampler).eval().requires_grad_(False)
+    model.layers[0].conv.weight *= 5e4  # so that the stream leaves the range of float16
+    x = torch.rand(2, 3, 16, 24)
+    want = model(x)
+    stream = []
+    model.layers[0].register_forward_hook(lambda *args: stream.append(args[2].abs().max()))
+    got = copy.deepcopy(model).to(dtype)(x.to(dtype))
+    assert stream[0] > 65504 and got.dtype == dtype and torch.isfinite(got).all()
+    # The weights' rounding is part of it: 2^-11 and 2^-8 of each.
+    error = (got.float() - want).norm() / (want - want.mean()).norm()
+    assert error < {torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+
+
+def test_each_picture_of_a_batch_keeps_its_own_exponent():
+    convolution = layers.Conv2d(2, 3, 3, padding=1).half()
+    x = torch.rand(2, 2, 5, 5) * torch.tensor([1e-3, 1e7]).view(2, 1, 1, 1)
+    together = convolution(x)
+    apart = torch.cat([convolution(picture[None]) for picture in x])
+    assert torch.equal(together, apart) and torch.isfinite(together).all()
+    want = copy.deepcopy(convolution).float()(x)
+    assert ((together - want).flatten(1).norm(dim=1) / want.flatten(1).norm(dim=1)).max() < 2e-3

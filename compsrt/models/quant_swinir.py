@@ -35,6 +35,7 @@ from ..quantization import (
 )
 from ..transforms import next_power_of_two, transform_matrix
 from . import swinir
+from .layers import HALVES, wide
 
 
 class QuantLinear(nn.Module):
@@ -119,6 +120,14 @@ class QuantSwinBlock(nn.Module):
         self.norm2 = block.norm2
         self.fc1 = linear(mlp.fc1, "fc1")
         self.fc2 = linear(mlp.fc2, "fc2")
+
+    def _apply(self, fn, recurse=True):
+        # Scalars rounded to a half type would move the bounds, so a block is float32 at least.
+        def widened(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device, wide(moved.dtype)) if moved.dtype in HALVES else moved
+
+        return super()._apply(widened, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.query.observer is not None:

@@ -5,7 +5,8 @@ hyper-parameter is read off the shapes of a state dict (`read_config`). Inside, 
 (B, H, W, C) grid, which is a picture in channels-last order: convolutions see it through a
 `permute` without a copy. Shift masks and position indices depend only on sizes and are computed
 when they are needed, so a picture of any height and width passes; sides that are no multiple of
-the window are padded by reflection (the edge row repeated) and the output is cropped.
+the window are padded by reflection (the edge row repeated) and the output is cropped. With weights
+of half precision the tokens stay float32 (`layers.py` says why).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from ..kernels.reference.windows import add_bias, from_windows, to_windows
 from ..kernels.reference.windows import shift_mask as shift_mask  # a name of this file too
+from .layers import Conv2d, LastConv2d, LayerNorm, wide
 
 UPSAMPLERS = ("pixelshuffledirect", "pixelshuffle")
 MEAN_RGB = (0.4488, 0.4371, 0.4040)  # of DIV2K, subtracted before and added after
@@ -134,23 +136,24 @@ class SwinBlock(nn.Module):
         super().__init__()
         dim, window = config.embed_dim, config.window_size
         self.window, self.shift = window, shift
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn = WindowAttention(
             dim, config.num_heads[layer], config.head_dim_of(layer), window, config.qkv_bias
         )
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, config.mlp_hidden[layer])
 
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape
         size = height, width, self.window, self.shift
-        windows = to_windows(self.norm1(x), self.window, self.shift)
+        dtype = self.norm1.weight.dtype
+        windows = to_windows(self.norm1(x).to(dtype), self.window, self.shift)
         x = x + from_windows(self.attn(windows, size), *size)
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp(self.norm2(x).to(dtype))
 
 
-def _conv(cin: int, cout: int, kernel: int = 3) -> nn.Conv2d:
-    return nn.Conv2d(cin, cout, kernel, padding=kernel // 2)
+def _conv(cin: int, cout: int, kernel: int = 3, kind: type[nn.Conv2d] = Conv2d) -> nn.Conv2d:
+    return kind(cin, cout, kernel, padding=kernel // 2)
 
 
 def _residual_conv(dim: int, kind: str) -> nn.Module:
@@ -198,7 +201,7 @@ class _PatchEmbed(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
 
 
 class SwinIR(nn.Module):
@@ -217,12 +220,12 @@ class SwinIR(nn.Module):
         if config.patch_norm:
             self.patch_embed = _PatchEmbed(dim)
         self.layers = nn.ModuleList(ResidualLayer(config, i) for i in range(len(config.depths)))
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.conv_after_body = _residual_conv(dim, config.resi_connection)
         scale = config.scale
         if config.upsampler == "pixelshuffledirect":
             self.upsample = nn.Sequential(
-                _conv(dim, scale * scale * channels), nn.PixelShuffle(scale)
+                _conv(dim, scale * scale * channels, kind=LastConv2d), nn.PixelShuffle(scale)
             )
         else:
             width = config.upsample_channels
@@ -235,7 +238,7 @@ class SwinIR(nn.Module):
                     for module in (_conv(width, factor**2 * width), nn.PixelShuffle(factor))
                 )
             )
-            self.conv_last = _conv(width, channels)
+            self.conv_last = _conv(width, channels, kind=LastConv2d)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -264,6 +267,7 @@ class SwinIR(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
+        given, x = x.dtype, x.to(wide(self.conv_first.weight.dtype))
         mean = self.mean.to(x.dtype)
         x = mirror_to_multiple(x, self.config.window_size) - mean
         first = self.conv_first(x.contiguous(memory_format=torch.channels_last))
@@ -277,7 +281,7 @@ class SwinIR(nn.Module):
             x = self.conv_last(self.upsample(self.conv_before_upsample(x)))
         else:
             x = self.upsample(x)
-        x = x + mean
+        x = (x + mean).to(given)
         return x[..., : height * self.scale, : width * self.scale]
 
 
