@@ -18,19 +18,23 @@ if TYPE_CHECKING:
     from .linear import masked_matmul, quant_linear, quant_linears
     from .mlp import quant_mlp
     from .reference import (
+        FoldedBlock,
         Grid,
         LayerNormWeights,
         PackedWeight,
         QuantLayer,
         QuantWeight,
         dequantize,
+        fold_block,
         pack_weight,
         quant_matmul,
         quantize_codes,
         step_and_zero,
     )
+    from .swin_block import quant_swin_block
 
 __all__ = [
+    "FoldedBlock",
     "Grid",
     "LayerNormWeights",
     "PackedWeight",
@@ -38,6 +42,7 @@ __all__ = [
     "QuantWeight",
     "dequantize",
     "fake_quantize",
+    "fold_block",
     "hadamard_fake_quantize",
     "hadamard_transform",
     "masked_matmul",
@@ -46,6 +51,7 @@ __all__ = [
     "quant_linears",
     "quant_matmul",
     "quant_mlp",
+    "quant_swin_block",
     "quant_window_attention",
     "quantize_codes",
     "search_bounds",
@@ -60,6 +66,7 @@ _FILES = {  # of the ops that have a kernel; all else is in reference/
     "quant_linear": "linear",
     "quant_linears": "linear",
     "quant_mlp": "mlp",
+    "quant_swin_block": "swin_block",
     "quant_window_attention": "attention",
     "search_bounds": "bounds",
 }

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -151,6 +152,28 @@ class QuantSwinBlock(nn.Module):
         x = kernels.quant_linear(y, **self.proj.layer()._asdict(), residual=x)
         layers = self.fc1.layer(), self.fc2.layer()
         return kernels.quant_mlp(x, *layers, norm=_norm(self.norm2), residual=True)
+
+    def folded(self, mode: str = "fold", dtype: torch.dtype = torch.float32) -> kernels.FoldedBlock:
+        """The block as `kernels.quant_swin_block` runs it at inference; see `kernels.fold_block` for errors."""
+        return kernels.fold_block(
+            [linear.layer() for linear in (self.q, self.k, self.v)],
+            self.proj.layer(),
+            self.fc1.layer(),
+            self.fc2.layer(),
+            self.relative_position_bias_table,
+            [site.grid() for site in self._attention_sites()],
+            norms=(_norm(self.norm1), _norm(self.norm2)),
+            heads=self.heads,
+            window=self.window,
+            shift=self.shift,
+            scale=self.head_dim**-0.5,
+            rotation=self.q.rotation,
+            head_rotation=self.rotate_head,
+            value_rotation=self.rotate_value,
+            token_rotation=self.rotate_token,
+            mode=mode,
+            dtype=dtype,
+        )
 
     def _attention_sites(self) -> tuple[Quantizer, ...]:
         return self.query, self.key, self.value, self.attention

@@ -25,9 +25,11 @@ from .quantize import (
     sort_rows,
     step_and_zero,
 )
+from .swin_block import FoldedBlock, fold_block, quant_swin_block
 
 __all__ = [
     "CODES",
+    "FoldedBlock",
     "Grid",
     "LayerNormWeights",
     "PackedWeight",
@@ -36,6 +38,7 @@ __all__ = [
     "check_quantizer",
     "dequantize",
     "fake_quantize",
+    "fold_block",
     "hadamard_transform",
     "masked_matmul",
     "pack_weight",
@@ -43,6 +46,7 @@ __all__ = [
     "quant_linears",
     "quant_matmul",
     "quant_mlp",
+    "quant_swin_block",
     "quant_window_attention",
     "quantize_codes",
     "search_bounds",

@@ -50,6 +50,33 @@ def from_windows(x: Tensor, height: int, width: int, window: int, shift: int) ->
     return x.roll((shift, shift), dims=(1, 2)) if shift else x
 
 
+def kinds_of_windows(
+    batch: int, height: int, width: int, window: int, shift: int
+) -> tuple[int, int, int, int]:
+    """How many windows need no mask, the mask of the last column, of the last row, and of both."""
+    down, across = height // window, width // window
+    if not shift:
+        return batch * down * across, 0, 0, 0
+    right, bottom = batch * (down - 1), batch * (across - 1)
+    return right * (across - 1), right, bottom, batch
+
+
+@_kept
+def window_order(
+    batch: int, height: int, width: int, window: int, shift: int, device: torch.device
+) -> Tensor:
+    """(B * H * W) the numbers of all tokens, window by window, after a cyclic shift up and left.
+
+    The windows of a kind, as `kinds_of_windows` counts them, go together.
+    """
+    number = torch.arange(batch * height * width, device=device).view(batch, height, width, 1)
+    number = to_windows(number, window, shift).view(batch, height // window, -1, window * window)
+    if not shift:
+        return number.flatten()
+    parts = number[:, :-1, :-1], number[:, :-1, -1], number[:, -1, :-1], number[:, -1, -1]
+    return torch.cat([part.flatten() for part in parts])
+
+
 @_kept
 def relative_position_index(window: int, device: torch.device) -> Tensor:
     """(N, N) row of the bias table for each pair of the N = window^2 tokens of a window."""
