@@ -62,12 +62,17 @@ StrPath = str | os.PathLike[str]
 
 
 def load(
-    path: StrPath, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path: StrPath,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    arithmetic: str = "auto",
 ) -> nn.Module:
     """A model from one file, float or packed, ready to use: eval mode, no gradients.
 
     path: a packed file, or float parameters under official names (.safetensors; .pth, .pt under
-    `params_ema`, `params`, `state_dict` or bare). dtype: what it computes in. Returns a module
+    `params_ema`, `params`, `state_dict` or bare). dtype: what it computes in. arithmetic: of a packed
+    SwinIR, "auto": folded, fast; "fold", "integer": one of its two ways; "reference": quantizer by
+    quantizer, bit for bit what was saved (`models.set_arithmetic`). Returns a module
     (B, 3, H, W) in [0, 1] -> (B, 3, scale H, scale W) with `.scale`, `.window_size`, `.card` (the
     file's metadata, a dict) and, if quantized, `.spec`. Raises FileNotFoundError, and ValueError
     for a file that is damaged, of a newer format, no checkpoint, or of another architecture.
@@ -85,7 +90,10 @@ def load(
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: looks like {what}, but does not fit: {reason}") from None
     model.card = card if packed else card.get("card", {})  # pyright: ignore[reportArgumentType]
-    return model.to(device, dtype).eval().requires_grad_(False)
+    model = model.to(device, dtype).eval().requires_grad_(False)
+    if packed:
+        models.set_arithmetic(model, arithmetic)
+    return model
 
 
 def read_state(path: StrPath) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     targets = {kind: getattr(options, kind) for kind in ("tflite", "onnx")}
     targets = {kind: path for kind, path in targets.items() if path is not None}
     _check_targets(options.model, list(targets.values()), options.force)
-    model: Any = checkpoint.load(options.model)
+    model: Any = checkpoint.load(options.model, arithmetic="reference")
     files = {kind: _convert(model, kind, options) for kind in targets}
     for kind, file in files.items():
         atomic_write(targets[kind], file.content)

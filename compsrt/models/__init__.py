@@ -125,3 +125,14 @@ def quantized(network: nn.Module, spec: QuantSpec) -> nn.Module:
     raise ValueError(
         f"model: {type(network).__name__} has no quantized form; SwinIR and SESR have one"
     )
+
+
+def set_arithmetic(model: nn.Module, arithmetic: str) -> None:
+    """How a quantized SwinIR computes from now on: "auto", "fold", "integer" or "reference".
+
+    See `quant_swinir.ARITHMETICS`. Other networks have one way only. Raises ValueError for an unknown
+    word and for a way that the model's transforms or codes do not have.
+    """
+    from . import quant_swinir
+
+    quant_swinir.set_arithmetic(model, arithmetic)

@@ -12,6 +12,10 @@ multiplied in the rotated domain, because (X T)(W T)^T = X W^T. Four ops of `ker
 
 A padded transform (order > size) is no rotation of the coefficients it adds, so there the
 projection T^T T stands between two quantized operands; the ops see to it.
+
+So a block is trained and its levels are counted. What is only run is folded (`set_arithmetic`): all
+that does not depend on the tokens becomes a few matrices, and a block one op,
+`kernels.quant_swin_block`.
 """
 
 from __future__ import annotations
@@ -37,6 +41,12 @@ from ..quantization import (
 from ..transforms import next_power_of_two, transform_matrix
 from . import swinir
 from .layers import HALVES, wide
+from .replay import Replay
+
+# How a block computes. "reference": quantizer by quantizer, as it is trained; "fold": codes times
+# matrices that hold everything else; "integer": codes times codes, exact; "auto": folded where that
+# can be, in the way that suits device and type.
+ARITHMETICS = ("auto", "fold", "integer", "reference")
 
 
 class QuantLinear(nn.Module):
@@ -121,18 +131,50 @@ class QuantSwinBlock(nn.Module):
         self.norm2 = block.norm2
         self.fc1 = linear(mlp.fc1, "fc1")
         self.fc2 = linear(mlp.fc2, "fc2")
+        self.arithmetic = "reference"
+        self.dtype = first.dtype  # what folded matrices of a CUDA device are rounded to
+        self._folded: kernels.FoldedBlock | None = None
 
     def _apply(self, fn, recurse=True):
         # Scalars rounded to a half type would move the bounds, so a block is float32 at least.
         def widened(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
+            if tensor.is_floating_point():
+                self.dtype = moved.dtype
             return tensor.to(moved.device, wide(moved.dtype)) if moved.dtype in HALVES else moved
 
-        return super()._apply(widened, recurse)
+        super()._apply(widened, recurse)
+        self.set_arithmetic(self.arithmetic)
+        return self
+
+    def set_arithmetic(self, arithmetic: str) -> None:
+        """How the block computes from now on, one of ARITHMETICS; its values are folded as they are now.
+
+        Raises ValueError for "fold" and "integer" where a block cannot be folded (padded transforms,
+        unclamped codes; for "integer" scales finer than a channel too); "auto" then is "reference".
+        """
+        device = self.relative_position_bias_table.device
+        self.arithmetic, self._folded = arithmetic, None
+        if arithmetic == "reference" or device.type == "meta":
+            return
+        mode = arithmetic if arithmetic != "auto" else "fold"
+        dtype = wide(self.dtype)
+        if device.type == "cuda":
+            if arithmetic == "auto" and self.dtype == torch.float32:
+                mode = "integer"
+            elif mode == "fold" and self.dtype in HALVES:
+                dtype = self.dtype
+        try:
+            self._folded = self.folded(mode, dtype)
+        except ValueError:
+            if arithmetic != "auto":
+                raise
 
     def forward(self, x: Tensor) -> Tensor:
         if self.query.observer is not None:
             return self._observed(x)
+        if self._folded is not None and not (x.requires_grad and torch.is_grad_enabled()):
+            return kernels.quant_swin_block(x, self._folded)
         layers = [linear.layer()._replace(rotation=None) for linear in (self.q, self.k, self.v)]
         q, k, v = kernels.quant_linears(x, layers, norm=_norm(self.norm1), rotation=self.q.rotation)
         y = kernels.quant_window_attention(
@@ -201,6 +243,21 @@ class QuantSwinBlock(nn.Module):
         x = x + self.proj.observed(rotate(y, self.proj.rotation))
         hidden = F.gelu(self.fc1.observed(rotate(self.norm2(x), self.fc1.rotation)))
         return x + self.fc2.observed(rotate(hidden, self.fc2.rotation))
+
+
+def set_arithmetic(model: nn.Module, arithmetic: str) -> None:
+    """`QuantSwinBlock.set_arithmetic` of all blocks of a model; of models without them, nothing.
+
+    On a CUDA device a folded model is captured and replayed (`Replay`).
+    """
+    if arithmetic not in ARITHMETICS:
+        raise ValueError(f"arithmetic: {arithmetic!r} is unknown; one of {', '.join(ARITHMETICS)}")
+    blocks = [module for module in model.modules() if isinstance(module, QuantSwinBlock)]
+    for block in blocks:
+        block.set_arithmetic(arithmetic)
+    if blocks:
+        assert isinstance(model, swinir.SwinIR)
+        model.replay = None if arithmetic == "reference" else Replay()
 
 
 def _norm(norm: nn.LayerNorm) -> kernels.LayerNormWeights:

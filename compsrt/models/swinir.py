@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..kernels.reference.windows import add_bias, from_windows, to_windows
 from ..kernels.reference.windows import shift_mask as shift_mask  # a name of this file too
 from .layers import Conv2d, LastConv2d, LayerNorm, wide
+from .replay import Replay
 
 UPSAMPLERS = ("pixelshuffledirect", "pixelshuffle")
 MEAN_RGB = (0.4488, 0.4371, 0.4040)  # of DIV2K, subtracted before and added after
@@ -209,10 +210,12 @@ class SwinIR(nn.Module):
 
     mean: Tensor
     layers: nn.ModuleList
+    replay: Replay | None
 
     def __init__(self, config: SwinIRConfig):
         super().__init__()
         self.config = config
+        self.replay = None  # set where the network is only run
         dim, channels = config.embed_dim, config.in_channels
         mean = MEAN_RGB if channels == 3 else (0.0,) * channels
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
@@ -245,6 +248,12 @@ class SwinIR(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def _apply(self, fn, recurse=True):
+        mean = self.mean
+        super()._apply(fn, recurse)
+        self.mean = mean.to(self.mean.device)  # not rounded with the weights
+        return self
+
     @property
     def scale(self) -> int:
         return self.config.scale
@@ -266,6 +275,11 @@ class SwinIR(nn.Module):
                 yield f"layers.{i}.residual_group.blocks.{j}", layer.blocks, j, block
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.replay is not None:
+            return self.replay(self._enlarge, x)
+        return self._enlarge(x)
+
+    def _enlarge(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         given, x = x.dtype, x.to(wide(self.conv_first.weight.dtype))
         mean = self.mean.to(x.dtype)

@@ -1,0 +1,110 @@
+"""A network on a CUDA device without the cost of its launches: recorded once a shape, then replayed.
+
+A CUDA graph holds the launches of one call, with the addresses they work on: a replay copies the
+input to its place, sends all launches at once, and copies the output out. A shape is recorded when it
+comes the second time, so that a folder of pictures that all differ records nothing, and the graphs
+of the shapes that came last are kept. All share one pool of memory. What the first call of a shape
+takes, compilation and all, and what recording takes, is said on stderr by the logger "compsrt".
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+SHAPES = 4  # whose graphs are kept
+SEEN = 64  # shapes that are remembered
+SAID = 1.0  # seconds above which a first call is worth a line
+
+_log = logging.getLogger("compsrt")
+
+
+class Recording(NamedTuple):
+    graph: Any
+    input: Tensor
+    output: Tensor
+
+
+class Replay(nn.Module):
+    """Calls a function of one tensor, on a CUDA device through a graph a shape.
+
+    It has no state of its own that would be saved, copied or moved: a model that is copied, moved or
+    converted records anew.
+    """
+
+    def __init__(self, shapes: int = SHAPES):
+        super().__init__()
+        self.shapes = shapes
+        self._forget()
+
+    def _forget(self) -> None:
+        self._seen: OrderedDict[Hashable, None] = OrderedDict()
+        self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()
+        self._pool: Any = None
+
+    def _apply(self, fn, recurse=True):
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def __deepcopy__(self, memo) -> Replay:
+        return Replay(self.shapes)
+
+    def __reduce__(self):
+        return Replay, (self.shapes,)
+
+    def forward(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """function(x), which may depend on nothing else that changes."""
+        if (
+            not x.is_cuda
+            or torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            and x.requires_grad
+        ):
+            return function(x)
+        key = x.shape, x.dtype, x.device
+        if key in self._recordings:
+            self._recordings.move_to_end(key)
+            return self._replayed(self._recordings[key], x)
+        size = "x".join(map(str, x.shape))
+        if key not in self._seen:
+            self._seen[key] = None
+            if len(self._seen) > SEEN:
+                self._seen.popitem(last=False)
+            return self._said(f"first picture of {size}", x.device, function, x)
+        while len(self._recordings) >= self.shapes:
+            self._recordings.popitem(last=False)
+        recording = self._said(f"launches recorded for {size}", x.device, self._record, function, x)
+        self._recordings[key] = recording
+        return self._replayed(recording, x)
+
+    @staticmethod
+    def _replayed(recording: Recording, x: Tensor) -> Tensor:
+        recording.input.copy_(x)
+        recording.graph.replay()
+        return recording.output.clone()
+
+    def _record(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Recording:
+        place = x.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph, pool=self._pool):
+            output = function(place)
+        self._pool = graph.pool()
+        return Recording(graph, place, output)
+
+    @staticmethod
+    def _said(
+        what: str, device: torch.device, function: Callable[..., Any], *arguments: Any
+    ) -> Any:
+        began = time.perf_counter()
+        result = function(*arguments)
+        torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - began
+        if seconds > SAID:
+            _log.warning("%s on %s: %.1f s, once", what, device, seconds)
+        return result

@@ -1,0 +1,233 @@
+"""A packed SwinIR as it is run: its blocks folded, on pictures of any size, recorded and replayed."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import tiny_swinir
+
+import compsrt
+from compsrt import checkpoint, data, inference, metrics, models
+from compsrt.models import quant_swinir
+from compsrt.models.replay import Recording, Replay
+from compsrt.models.swinir import mirror_to_multiple
+from compsrt.quantization import QuantSpec
+
+SIZES = [(8, 8), (64, 48), (177, 93)]
+
+
+def quantized(dtype=torch.float64, spec=None, **changes):
+    model = compsrt.quantize(tiny_swinir(**changes), spec or QuantSpec(), torch.rand(1, 3, 24, 24))
+    return model.to(dtype).requires_grad_(False)
+
+
+def both_ways(model, arithmetic="fold"):
+    """A model quantizer by quantizer, and the same one folded."""
+    folded = copy.deepcopy(model)
+    models.set_arithmetic(folded, arithmetic)
+    return model, folded
+
+
+def assert_folded(model):
+    assert all(block._folded is not None for *_, block in model.named_blocks())
+
+
+@pytest.mark.parametrize("arithmetic", ["fold", "integer"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_folded_model_is_the_quantized_model(size, arithmetic):
+    """In float64, where no code rounds the other way."""
+    reference, folded = both_ways(quantized(embed_dim=36, num_heads=(3,)), arithmetic)
+    assert_folded(folded)
+    x = torch.rand(1, 3, *size, dtype=torch.float64)
+    torch.testing.assert_close(folded(x), reference(x), rtol=0, atol=1e-9)
+
+
+@given(height=st.integers(1, 40), width=st.integers(1, 40), batch=st.integers(1, 3))
+@settings(max_examples=10)
+def test_any_size_is_the_padded_picture_cropped(height, width, batch):
+    reference, folded = both_ways(quantized())
+    x = torch.rand(batch, 3, height, width, dtype=torch.float64)
+    padded = mirror_to_multiple(x, 8)
+    out = folded(x)
+    assert torch.equal(out, folded(padded)[..., : 2 * height, : 2 * width])
+    want = reference(padded)[..., : 2 * height, : 2 * width]
+    torch.testing.assert_close(out, want, rtol=0, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_float_fake_quantized_packed_and_folded_agree_on_real_weights(shared, tmp_path):
+    """The whole chain: the packed file bit for bit, and folded within 0.01 dB on Set5."""
+    pairs = data.find_pairs(shared / "data/Set5", 2)
+    original = checkpoint.load(shared / "assets/swinir_nano_x2.safetensors")
+    crops = torch.cat([data.to_tensor(data.load_pair(p, 2)[0][:48, :48]) for p in pairs])
+    student = compsrt.quantize(original, QuantSpec(bits=4), crops)
+    path = tmp_path / "packed.safetensors"
+    checkpoint.save_packed(student, path)
+    reference = checkpoint.load(path, arithmetic="reference")
+    folded = checkpoint.load(path)
+    half = checkpoint.load(path, dtype=torch.float16)
+    assert_folded(folded)
+    assert torch.equal(reference(crops), student(crops))
+    scores = {}
+    for name, model in [("reference", reference), ("folded", folded), ("half", half)]:
+        values = []
+        for pair in pairs:
+            lr, hr = data.load_pair(pair, 2)
+            values.append(metrics.psnr(inference.enlarge(model, lr), hr, crop=2))
+        scores[name] = np.mean(values)
+    assert abs(scores["folded"] - scores["reference"]) < 0.01
+    assert abs(scores["half"] - scores["reference"]) < 0.01
+    assert scores["reference"] > 36  # float: 36.95
+
+
+def test_half_precision_leaves_scalars_and_stream_alone():
+    model = quantized(torch.float32)
+    model.layers[0].conv.weight *= 5e4  # the stream leaves the range of float16
+    site = model.layers[0].blocks[0].query
+    bounds = site.lower.clone(), site.upper.clone()
+    x = torch.rand(1, 3, 16, 24)
+    want = model(x)
+    for dtype in (torch.float16, torch.bfloat16):
+        half = copy.deepcopy(model).to(dtype)
+        models.set_arithmetic(half, "auto")
+        assert_folded(half)
+        moved = half.layers[0].blocks[0].query
+        assert (moved.lower, moved.upper) == bounds and moved.lower.dtype == torch.float32
+        assert half.conv_first.weight.dtype == dtype
+        got = half(x.to(dtype))
+        assert got.dtype == dtype and torch.isfinite(got).all()
+        error = (got.float() - want).norm() / (want - want.mean()).norm()
+        assert error < 0.2, f"{dtype}: {error:.3f}"
+
+
+def test_padded_transforms_run_as_they_were_trained():
+    model = quantized(torch.float32, QuantSpec(transform="hadamard-padded"))
+    x = torch.rand(1, 3, 16, 16)
+    want = model(x)
+    models.set_arithmetic(model, "auto")
+    assert torch.equal(model(x), want)
+    with pytest.raises(ValueError, match="exact"):
+        models.set_arithmetic(model, "fold")
+    with pytest.raises(ValueError, match="arithmetic: 'floating' is unknown"):
+        models.set_arithmetic(model, "floating")
+
+
+def test_a_folded_model_still_tells_its_levels_and_gives_gradients():
+    model = quantized(torch.float32, QuantSpec(bits=2))
+    models.set_arithmetic(model, "auto")
+    x = torch.rand(1, 3, 16, 16)
+    assert max(checkpoint.count_levels(model, x).values()) == 4
+    x.requires_grad_()
+    model(x).sum().backward()
+    assert x.grad is not None and float(x.grad.abs().max()) > 0
+
+
+def test_a_folded_model_can_be_exported():
+    _, folded = both_ways(quantized(torch.float32))
+    x = torch.rand(1, 3, 16, 24)
+    program = torch.export.export(folded, (x,))
+    torch.testing.assert_close(program.module()(x), folded(x), rtol=1e-4, atol=1e-4)
+
+
+# --- Recording -----------------------------------------------------------------------------------
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says it is on a CUDA device."""
+
+    is_cuda = True  # pyright: ignore
+
+
+class Graph:
+    def __init__(self, function, place, output):
+        self.replay = lambda: output.copy_(function(place))
+
+
+class Recorder(Replay):
+    """Records on a CPU what a device would."""
+
+    recorded = 0
+
+    def _record(self, function, x):
+        self.recorded += 1
+        place = torch.zeros_like(x)
+        output = torch.zeros_like(function(place))
+        return Recording(Graph(function, place, output), place, output)
+
+
+def picture(height: int) -> torch.Tensor:
+    return torch.rand(1, 3, height, 8).as_subclass(OnDevice)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+
+
+def test_a_shape_is_recorded_when_it_comes_the_second_time(device):
+    replay = Recorder(shapes=2)
+    double = lambda x: 2 * x  # noqa: E731
+    for heights, recorded in [([8, 9, 10], 0), ([8, 8, 8], 1), ([9, 8], 2), ([10], 3), ([8], 3)]:
+        for height in heights:
+            x = picture(height)
+            out = replay(double, x)
+            assert torch.equal(out, 2 * x)
+        assert replay.recorded == recorded, heights
+    assert len(replay._recordings) == 2
+    replay(double, picture(9))  # it was the one to go
+    assert replay.recorded == 4
+
+
+def test_results_of_a_replay_are_the_callers_own(device):
+    replay = Recorder()
+    first, *others = [replay(lambda x: 2 * x, picture(8)) for _ in range(4)]
+    kept = [other.clone() for other in others]
+    replay(lambda x: 2 * x, picture(8))
+    assert all(torch.equal(a, b) for a, b in zip(others, kept, strict=True))
+
+
+def test_a_copy_or_a_move_starts_anew(device):
+    replay = Recorder()
+    for _ in range(3):
+        replay(torch.neg, picture(8))
+    assert replay._recordings
+    assert not copy.deepcopy(replay)._recordings
+    assert not pickle.loads(pickle.dumps(replay))._recordings
+    replay.to(torch.float16)
+    assert not replay._recordings and not replay._seen
+
+
+def test_what_takes_long_is_said_once(device, monkeypatch, caplog):
+    monkeypatch.setattr("compsrt.models.replay.SAID", -1)
+    replay = Recorder()
+    with caplog.at_level(logging.WARNING, "compsrt"):
+        for _ in range(4):
+            replay(torch.neg, picture(8))
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "first picture of 1x3x8x8 on cpu",
+        "launches recorded for 1x3x8x8 on cpu",
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arithmetic", quant_swinir.ARITHMETICS)
+def test_a_device_gives_the_same_picture_recorded_or_not(arithmetic):
+    reference = quantized(torch.float32, embed_dim=60, num_heads=(6,), mlp_hidden=(120,))
+    x = torch.rand(1, 3, 64, 48)
+    want = reference(x)
+    model = copy.deepcopy(reference)
+    models.set_arithmetic(model, arithmetic)
+    model.cuda()
+    for _ in range(3):
+        got = model(x.cuda()).cpu()
+        # One code that rounds the other way changes the picture: compared as wholes.
+        assert (got - want).norm() / (want - want.mean()).norm() < 0.05
+    if arithmetic != "reference":
+        assert len(model.replay._recordings) == 1
