@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attention import quant_window_attention
     from .bounds import search_bounds
+    from .convolution import convolve
     from .fake_quant import fake_quantize
     from .hadamard import hadamard_transform
     from .hadamard_fake_quant import hadamard_fake_quantize
@@ -40,6 +41,7 @@ __all__ = [
     "PackedWeight",
     "QuantLayer",
     "QuantWeight",
+    "convolve",
     "dequantize",
     "fake_quantize",
     "fold_block",
@@ -59,6 +61,7 @@ __all__ = [
 ]
 
 _FILES = {  # of the ops that have a kernel; all else is in reference/
+    "convolve": "convolution",
     "fake_quantize": "fake_quant",
     "hadamard_fake_quantize": "hadamard_fake_quant",
     "hadamard_transform": "hadamard",

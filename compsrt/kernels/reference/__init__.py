@@ -1,6 +1,7 @@
 """Every op in plain PyTorch: the definition of right, and what runs on a CPU."""
 
 from .attention import quant_window_attention
+from .convolution import convolve
 from .linear import (
     LayerNormWeights,
     PackedWeight,
@@ -36,6 +37,7 @@ __all__ = [
     "QuantLayer",
     "QuantWeight",
     "check_quantizer",
+    "convolve",
     "dequantize",
     "fake_quantize",
     "fold_block",

@@ -1,0 +1,377 @@
+"""Convolutions of a token grid at inference, one launch with what surrounds them.
+
+    y = leaky_relu(conv(norm(x - mean), weight) + bias, slope) + residual
+    out = depth_to_space(y, shuffle) + offset                                all but conv optional
+
+x: (B, H, W, K); weight: (N, K, k, k); y: (B, H, W, N); zeros outside the grid, after the norm.
+An implicit matrix product: a program takes a rectangle of tokens and some of the N channels, and
+adds up over the k^2 taps the product of the shifted rectangle, read anew (from the first-level
+cache but for its rim) and normalized anew, with the tap's (K, N) slice of the weight.
+
+Range and precision. SwinIR's residual stream outgrows float16, so float32 tokens do not become
+that. A product on tensor cores takes bfloat16, which has the range of float32 and 8 bits; a
+float32 operand enters as two of them, t = high + low, 16 bits, and the product of the two low
+parts is left out:
+
+    x w = x_high w_high + x_high w_low + x_low w_high
+
+Where an operand is exact in bfloat16 (int8 codes, bfloat16 tokens and weights) it has no low part.
+This is for NVIDIA and AMD alike, where TF32 is not; and Triton's TF32 cuts off all but 11 bits.
+Half tokens whose result is half too are multiplied in their own type.
+"""
+
+# pyright: reportInvalidTypeForm=false
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..transforms import next_power_of_two
+from . import reference, tiles
+from .dispatch import on_device_of, tl, triton, use_triton
+from .reference import LayerNormWeights
+from .reference.convolution import check_convolution
+from .reference.linear import layer_norm
+
+LARGEST = 256  # K that is normalized: a program holds whole tokens for that
+
+
+class Extras(NamedTuple):
+    """The tensors beside x and weight (their pointers in the kernel), None for what is not wanted."""
+
+    bias: Any = None  # (N,)
+    scale: Any = None  # (N,)
+    mean: Any = None  # (K,)
+    norm_weight: Any = None  # (K,)
+    norm_bias: Any = None  # (K,)
+    residual: Any = None  # (B, H, W, N)
+    offset: Any = None  # (N / shuffle^2,)
+
+
+class Constants(NamedTuple):
+    """What the kernel is compiled for; sizes of tiles are powers of two."""
+
+    size: int  # K
+    out: int  # N
+    side: int  # k
+    shuffle: int
+    down: int  # tokens of a program
+    across: int
+    width: int  # tile sizes: K,
+    depth: int  # of K at a time,
+    block: int  # of N in a program
+    stride: int  # of x from one token to the next in a row
+    stride_n: int  # of the weight
+    stride_k: int
+    stride_down: int
+    stride_across: int
+    wide: bool  # products as exact as the module says for float32
+    split_x: bool  # has a low part
+    split_weight: bool
+    eps: float
+    slope: float
+
+
+# --- Tile code -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _dot(a, b, total):
+    """total + a b in float32. Under the interpreter, whose product of bf16 tiles is wrong, too."""
+    if tiles.INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total)
+
+
+@triton.jit
+def _low(t, high, TYPE: tl.constexpr):
+    """What a float32 tile has beyond its high part."""
+    return (t - high.to(tl.float32)).to(TYPE)
+
+
+@triton.jit
+def _multiply(x, weight, total, TYPE: tl.constexpr, C: tl.constexpr):
+    """total + x weight^T. x: (ROWS, DEPTH), weight: (BLOCK, DEPTH), both float32 but codes int8."""
+    x_high, weight_high = x.to(TYPE), weight.to(TYPE)
+    if C.split_x:
+        total = _dot(_low(x, x_high, TYPE), tl.trans(weight_high), total)
+    if C.split_weight:
+        total = _dot(x_high, tl.trans(_low(weight, weight_high, TYPE)), total)
+    return _dot(x_high, tl.trans(weight_high), total)
+
+
+@triton.jit
+def _load_vector(ptr, k, SIZE: tl.constexpr):
+    """Entries k of a vector in float32, 0 from SIZE on."""
+    return tl.load(ptr + k, mask=k < SIZE, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_tokens(at, extras, inside, k, stride_k, C: tl.constexpr):
+    """Channels k (1, DEPTH) of the tokens `at` (ROWS, 1) in float32, less the mean; 0 outside."""
+    inside = inside & (k < C.size)
+    x = tl.load(at + k.to(tl.int64) * stride_k, mask=inside, other=0.0).to(tl.float32)
+    if extras.mean is not None:
+        x = tl.where(inside, x - _load_vector(extras.mean, k, C.size), 0.0)
+    return x
+
+
+# --- Kernel --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _convolve_kernel(
+    x_ptr, weight_ptr, out_ptr, extras, height, width, stride_b, stride_y, stride_k, C: tl.constexpr
+):
+    """x: (B, H, W, K) by strides; weight: (N, K, k, k) by strides; out: (B, H, W, N) or, shuffled,
+    (B, N / shuffle^2, shuffle H, shuffle W). This program does `down` by `across` tokens."""
+    ROWS: tl.constexpr = C.down * C.across
+    BLOCK: tl.constexpr = C.block
+    REACH: tl.constexpr = C.side // 2
+    TYPE: tl.constexpr = tl.bfloat16 if C.wide else x_ptr.dtype.element_ty
+    tile = tl.program_id(0)
+    columns = tl.cdiv(width, C.across)
+    rows = tl.cdiv(height, C.down)
+    b = (tile // (columns * rows)).to(tl.int64)
+    token = tl.arange(0, ROWS)[:, None]
+    y = tile // columns % rows * C.down + token // C.across
+    x = tile % columns * C.across + token % C.across
+    n = tl.program_id(1) * C.block + tl.arange(0, C.block)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for tap in tl.range(0, C.side * C.side):
+        from_y = y + (tap // C.side - REACH)
+        from_x = x + (tap % C.side - REACH)
+        inside = (from_y >= 0) & (from_y < height) & (from_x >= 0) & (from_x < width)
+        at = x_ptr + b * stride_b + from_y.to(tl.int64) * stride_y + from_x.to(tl.int64) * C.stride
+        at_weight = weight_ptr + (tap // C.side * C.stride_down + tap % C.side * C.stride_across)
+        if extras.norm_weight is not None:
+            k = tl.arange(0, C.width)[None, :]
+            whole = _load_tokens(at, extras, inside, k, stride_k, C)
+            mean, inverse = tiles.layer_norm_statistics(whole, k < C.size, C.size, C.eps)
+        for first in tl.range(0, C.size, C.depth):
+            k = first + tl.arange(0, C.depth)[None, :]
+            tokens = _load_tokens(at, extras, inside, k, stride_k, C)
+            if extras.norm_weight is not None:
+                tokens = (tokens - mean) * inverse * _load_vector(extras.norm_weight, k, C.size)
+                tokens = tl.where(inside, tokens + _load_vector(extras.norm_bias, k, C.size), 0.0)
+            weight = tl.load(
+                at_weight + n[:, None] * C.stride_n + k * C.stride_k,
+                mask=(n[:, None] < C.out) & (k < C.size),
+                other=0,
+            ).to(tl.float32)
+            total = _multiply(tokens, weight, total, TYPE, C)
+    n = n[None, :]
+    if extras.scale is not None:
+        total *= _load_vector(extras.scale, n, C.out)
+    if extras.bias is not None:
+        total += _load_vector(extras.bias, n, C.out)
+    if C.slope != 1.0:
+        total = tl.where(total < 0, total * C.slope, total)
+    inside = (y < height) & (x < width) & (n < C.out)
+    picture = b * height
+    if extras.residual is not None:
+        at = ((picture + y) * width + x) * C.out + n
+        total += tl.load(extras.residual + at, mask=inside, other=0.0).to(tl.float32)
+    AREA: tl.constexpr = C.shuffle * C.shuffle
+    if extras.offset is not None:
+        total += tl.load(extras.offset + n // AREA, mask=n < C.out, other=0.0).to(tl.float32)
+    if C.shuffle == 1:
+        at = ((picture + y) * width + x) * C.out + n
+    else:
+        channel = b * (C.out // AREA) + n // AREA
+        row = (channel * height + y) * C.shuffle + n % AREA // C.shuffle
+        at = (row * width + x) * C.shuffle + n % C.shuffle
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+# --- Host ----------------------------------------------------------------------------------------
+
+
+def _shape(x: Tensor, weight: Tensor, shuffle: int) -> tuple[int, int, int, int]:
+    """Of the result."""
+    b, height, width, _ = x.shape
+    n = len(weight)
+    if shuffle == 1:
+        return b, height, width, n
+    return b, n // shuffle**2, shuffle * height, shuffle * width
+
+
+def _constants(
+    x: Tensor,
+    weight: Tensor,
+    extras: Extras,
+    eps: float,
+    slope: float,
+    shuffle: int,
+    dtype: torch.dtype,
+) -> Constants:
+    n, k, side, _ = weight.shape
+    wide = torch.promote_types(x.dtype, dtype) == torch.float32
+    width, block = (max(16, next_power_of_two(size)) for size in (k, n))
+    given = extras.mean is None and extras.norm_weight is None  # x enters as it is
+    return Constants(
+        size=k,
+        out=n,
+        side=side,
+        shuffle=shuffle,
+        down=8,
+        across=8,
+        width=width,
+        depth=min(width, 64),
+        block=min(block, 64),
+        stride=x.stride(2),
+        stride_n=weight.stride(0),
+        stride_k=weight.stride(1),
+        stride_down=weight.stride(2),
+        stride_across=weight.stride(3),
+        wide=wide,
+        split_x=wide and not (given and x.dtype == torch.bfloat16),
+        split_weight=wide and weight.dtype not in (torch.bfloat16, torch.int8),
+        eps=eps,
+        slope=slope,
+    )
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    extras: Extras,
+    eps: float,
+    slope: float,
+    shuffle: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    out = x.new_empty(_shape(x, weight, shuffle), dtype=dtype)
+    if out.numel() == 0:
+        return out
+    extras = Extras(*(t if t is None else t.contiguous() for t in extras))
+    c = _constants(x, weight, extras, eps, slope, shuffle, dtype)
+    b, height, width, _ = x.shape
+    tokens = b * triton.cdiv(height, c.down) * triton.cdiv(width, c.across)
+    with on_device_of(x):
+        _convolve_kernel[(tokens, triton.cdiv(c.out, c.block))](
+            x,
+            weight,
+            out,
+            extras,
+            height,
+            width,
+            x.stride(0),
+            x.stride(1),
+            x.stride(3),
+            C=c,
+            num_warps=4,
+            num_stages=1,  # loads that are not pipelined go through the first-level cache
+        )
+    return out
+
+
+# --- Operator ------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("compsrt::convolve", mutates_args=(), device_types=("cpu", "cuda"))
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    mean: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    offset: Tensor | None,
+    eps: float,
+    slope: float,
+    shuffle: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    extras = Extras(bias, scale, mean, norm_weight, norm_bias, residual, offset)
+    return _forward(x, weight, extras, eps, slope, shuffle, dtype)
+
+
+@_convolve.register_fake
+def _(x, weight, *rest):
+    *_, shuffle, dtype = rest
+    return x.new_empty(_shape(x, weight, shuffle), dtype=dtype)
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    mean: Tensor | None = None,
+    norm: LayerNormWeights | None = None,
+    slope: float | None = None,
+    residual: Tensor | None = None,
+    shuffle: int = 1,
+    offset: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """leaky_relu(conv(norm(x - mean), weight) + bias, slope) + residual, as tokens or as a picture.
+
+    x: (B, H, W, K), float32, float16 or bfloat16 (float64 by the reference), of any strides: a
+    picture (B, K, H, W) comes as `picture.permute(0, 2, 3, 1)`. weight: (N, K, k, k), k odd,
+    floating, or int8 codes with `scale` (N,); it is read where it lies, fastest in channels-last
+    memory format. bias: (N,). mean: (K,), subtracted from x. norm: a layer norm of every token,
+    applied before x is padded with zeros by k // 2. slope: of a leaky ReLU; None for none.
+    residual: (B, H, W, N), of any floating type.
+
+    Returns (B, H, W, N) or, with shuffle = r > 1, what `F.pixel_shuffle` makes of it, (B, N / r^2,
+    r H, r W), contiguous both; offset (N / r^2,) is added to it last. dtype: of the result, x's by
+    default; where it is float32, the products are as exact as for float32 tokens.
+
+    For inference: where a gradient is wanted, of any argument and on any device, the reference
+    runs, which has them. Raises ValueError for arguments that do not fit.
+    """
+    options: Any = {"scale": scale, "mean": mean, "norm": norm, "residual": residual}
+    options |= {"shuffle": shuffle, "offset": offset, "dtype": dtype}
+    norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else norm
+    extras = Extras(bias, scale, mean, norm_weight, norm_bias, residual, offset)
+    gradients = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, *extras)
+    )
+    if gradients or not use_triton(x):
+        return reference.convolve(x, weight, bias, slope=slope, **options)
+    check_convolution(x, weight, bias, **options)
+    dtype = x.dtype if dtype is None else dtype
+    if norm is not None and x.shape[3] > LARGEST:
+        x = layer_norm(x if mean is None else x - mean.to(x.dtype), norm)
+        extras = extras._replace(mean=None, norm_weight=None, norm_bias=None)
+    return _convolve(x, weight, *extras, eps, 1.0 if slope is None else slope, shuffle, dtype)
+
+
+def examples():
+    """Calls that `aot.py` compiles the kernel of: the convolutions of SwinIR-light."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, size, out, shuffle in (
+            ("first", 3, 60, 1),
+            ("layer", 60, 60, 1),
+            ("layer int8", 60, 60, 1),
+            ("body", 60, 60, 1),
+            ("x4", 60, 48, 4),
+            ("x2", 60, 12, 2),
+        ):
+            x = torch.empty(1, 184, 320, size, dtype=dtype)
+            weight = torch.empty(out, size, 3, 3).to(memory_format=torch.channels_last)
+            extras = Extras(bias=torch.empty(out))
+            if name == "first":
+                x = torch.empty(1, size, 184, 320).permute(0, 2, 3, 1)
+                extras = extras._replace(mean=torch.empty(size))
+            elif shuffle == 1:
+                extras = extras._replace(residual=torch.empty(1, 184, 320, out, dtype=dtype))
+            else:
+                extras = extras._replace(offset=torch.empty(3))
+            if name == "layer int8":
+                weight = weight.to(torch.int8)
+                extras = extras._replace(scale=torch.empty(out))
+            if name == "body":
+                vector = torch.empty(size)
+                extras = extras._replace(norm_weight=vector, norm_bias=vector)
+            target = torch.float32 if shuffle > 1 else dtype
+            arguments = x, weight, extras, 1e-5, 1.0, shuffle, target
+            label = f"{str(dtype).removeprefix('torch.')} {name}"
+            yield label, lambda a=arguments: _forward(*a)
