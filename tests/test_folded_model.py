@@ -142,7 +142,7 @@ def test_a_folded_model_can_be_exported():
 class OnDevice(torch.Tensor):
     """A tensor that says it is on a CUDA device."""
 
-    is_cuda = True  # pyright: ignore
+    is_cuda = True
 
 
 class Graph:
@@ -187,7 +187,7 @@ def test_a_shape_is_recorded_when_it_comes_the_second_time(device):
 
 def test_results_of_a_replay_are_the_callers_own(device):
     replay = Recorder()
-    first, *others = [replay(lambda x: 2 * x, picture(8)) for _ in range(4)]
+    _, *others = [replay(lambda x: 2 * x, picture(8)) for _ in range(4)]
     kept = [other.clone() for other in others]
     replay(lambda x: 2 * x, picture(8))
     assert all(torch.equal(a, b) for a, b in zip(others, kept, strict=True))

@@ -8,9 +8,13 @@ under autocast, these are the layers of `torch.nn`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .. import kernels
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -31,32 +35,17 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution of half weights with an input (B, C, H, W) of any range, in the input's type.
+    """A convolution whose weights may be narrower than what it reads and returns; see `convolve`."""
 
-    For float16 every picture is divided by a power of two that brings it within [-1, 1], which
-    changes nothing but the exponents, and the result multiplied by it.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = self.weight.dtype
-        if dtype not in HALVES or x.dtype == dtype:
-            return super().forward(x)
-        bias = None if self.bias is None else self.bias.to(x.dtype)[:, None, None]
-        if dtype == torch.float16:
-            peak = x.abs().amax((1, 2, 3), keepdim=True).clamp_min(1.0)
-            unit = torch.exp2(torch.ceil(torch.log2(peak)))
-            y = self._conv_forward((x / unit).to(dtype), self.weight, None).to(x.dtype) * unit
-        else:
-            y = self._conv_forward(x.to(dtype), self.weight, None).to(x.dtype)
-        return y if bias is None else y + bias
+    def forward(self, x: Tensor, **fused: Any) -> Tensor:
+        return convolve(x, self.weight, self.bias, **fused)
 
 
-class LastConv2d(nn.Conv2d):
-    """The convolution that makes the picture, in the input's type whatever type its weights have.
-
-    Its result rounded to bfloat16 costs 0.005 dB (nano model, 64x64 crops of Set5).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return self._conv_forward(x, self.weight.to(x.dtype), bias)
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: Tensor | None = None, **fused: Any
+) -> Tensor:
+    """`kernels.convolve` of pictures (B, C, H, W) instead of tokens, in channels-last order."""
+    if residual is not None:
+        residual = residual.permute(0, 2, 3, 1)
+    y = kernels.convolve(x.permute(0, 2, 3, 1), weight, bias, residual=residual, **fused)
+    return y if fused.get("shuffle", 1) > 1 else y.permute(0, 3, 1, 2)

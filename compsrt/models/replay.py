@@ -60,12 +60,8 @@ class Replay(nn.Module):
 
     def forward(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """function(x), which may depend on nothing else that changes."""
-        if (
-            not x.is_cuda
-            or torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
-            and x.requires_grad
-        ):
+        gradients = torch.is_grad_enabled() and x.requires_grad
+        if gradients or not x.is_cuda or torch.compiler.is_compiling():
             return function(x)
         key = x.shape, x.dtype, x.device
         if key in self._recordings:

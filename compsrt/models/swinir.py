@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import LayerNormWeights
 from ..kernels.reference.windows import add_bias, from_windows, to_windows
 from ..kernels.reference.windows import shift_mask as shift_mask  # a name of this file too
-from .layers import Conv2d, LastConv2d, LayerNorm, wide
+from .layers import Conv2d, LayerNorm, wide
 from .replay import Replay
 
 UPSAMPLERS = ("pixelshuffledirect", "pixelshuffle")
@@ -83,9 +84,11 @@ def mirror_to_multiple(x: Tensor, multiple: int) -> Tensor:
     for dim in (2, 3):
         size = x.shape[dim]
         padded = -(-size // multiple) * multiple
-        if padded != size:
+        if padded > 2 * size:
             i = torch.arange(padded, device=x.device) % (2 * size)
             x = x.index_select(dim, torch.where(i < size, i, 2 * size - 1 - i))
+        elif padded > size:
+            x = torch.cat([x, x.narrow(dim, 2 * size - padded, padded - size).flip(dim)], dim)
     return x
 
 
@@ -153,25 +156,34 @@ class SwinBlock(nn.Module):
         return x + self.mlp(self.norm2(x).to(dtype))
 
 
-def _conv(cin: int, cout: int, kernel: int = 3, kind: type[nn.Conv2d] = Conv2d) -> nn.Conv2d:
-    return kind(cin, cout, kernel, padding=kernel // 2)
+def _conv(cin: int, cout: int, kernel: int = 3) -> Conv2d:
+    return Conv2d(cin, cout, kernel, padding=kernel // 2)
+
+
+class _ThreeConvs(nn.Sequential):
+    """Three convolutions through a quarter of the channels, with leaky ReLUs between."""
+
+    def __init__(self, dim: int):
+        super().__init__(
+            _conv(dim, dim // 4),
+            nn.LeakyReLU(0.2),
+            _conv(dim // 4, dim // 4, 1),
+            nn.LeakyReLU(0.2),
+            _conv(dim // 4, dim),
+        )
+
+    def forward(self, x: Tensor, *, norm=None, residual: Tensor | None = None) -> Tensor:
+        x = self[0](x, norm=norm, slope=self[1].negative_slope)
+        return self[4](self[2](x, slope=self[3].negative_slope), residual=residual)
 
 
 def _residual_conv(dim: int, kind: str) -> nn.Module:
-    if kind == "1conv":
-        return _conv(dim, dim)
-    return nn.Sequential(
-        _conv(dim, dim // 4),
-        nn.LeakyReLU(0.2, inplace=True),
-        _conv(dim // 4, dim // 4, 1),
-        nn.LeakyReLU(0.2, inplace=True),
-        _conv(dim // 4, dim),
-    )
+    return _conv(dim, dim) if kind == "1conv" else _ThreeConvs(dim)
 
 
-def _on_picture(module: nn.Module, tokens: Tensor) -> Tensor:
-    """Run a convolution on (B, H, W, C) tokens: a picture in channels-last order, no copy."""
-    return module(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+def _picture(tokens: Tensor) -> Tensor:
+    """(B, H, W, C) tokens as the picture that they are in channels-last order, no copy."""
+    return tokens.permute(0, 3, 1, 2)
 
 
 class ResidualLayer(nn.Module):
@@ -194,7 +206,7 @@ class ResidualLayer(nn.Module):
         y = x
         for block in self.blocks:
             y = block(y)
-        return _on_picture(self.conv, y) + x
+        return self.conv(_picture(y), residual=_picture(x)).permute(0, 2, 3, 1)
 
 
 class _PatchEmbed(nn.Module):
@@ -228,7 +240,7 @@ class SwinIR(nn.Module):
         scale = config.scale
         if config.upsampler == "pixelshuffledirect":
             self.upsample = nn.Sequential(
-                _conv(dim, scale * scale * channels, kind=LastConv2d), nn.PixelShuffle(scale)
+                _conv(dim, scale * scale * channels), nn.PixelShuffle(scale)
             )
         else:
             width = config.upsample_channels
@@ -241,7 +253,7 @@ class SwinIR(nn.Module):
                     for module in (_conv(width, factor**2 * width), nn.PixelShuffle(factor))
                 )
             )
-            self.conv_last = _conv(width, channels, kind=LastConv2d)
+            self.conv_last = _conv(width, channels)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -282,21 +294,25 @@ class SwinIR(nn.Module):
     def _enlarge(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         given, x = x.dtype, x.to(wide(self.conv_first.weight.dtype))
-        mean = self.mean.to(x.dtype)
-        x = mirror_to_multiple(x, self.config.window_size) - mean
-        first = self.conv_first(x.contiguous(memory_format=torch.channels_last))
+        mean = self.mean.flatten()
+        x = mirror_to_multiple(x, self.config.window_size)
+        first = self.conv_first(x, mean=mean)
         tokens = first.permute(0, 2, 3, 1)
         if self.config.patch_norm:
             tokens = self.patch_embed.norm(tokens)
         for layer in self.layers:
             tokens = layer(tokens)
-        x = self.conv_after_body(self.norm(tokens).permute(0, 3, 1, 2)) + first
+        norm = LayerNormWeights(self.norm.weight, self.norm.bias, self.norm.eps)
+        x = self.conv_after_body(_picture(tokens), norm=norm, residual=first)
         if self.config.upsampler == "pixelshuffle":
-            x = self.conv_last(self.upsample(self.conv_before_upsample(x)))
+            before, leaky = self.conv_before_upsample
+            x = before(x, slope=leaky.negative_slope)
+            for conv, shuffle in zip(self.upsample[::2], self.upsample[1::2], strict=True):
+                x = conv(x, shuffle=shuffle.upscale_factor)
+            x = self.conv_last(x, offset=mean)
         else:
-            x = self.upsample(x)
-        x = (x + mean).to(given)
-        return x[..., : height * self.scale, : width * self.scale]
+            x = self.upsample[0](x, shuffle=self.scale, offset=mean)
+        return x[..., : height * self.scale, : width * self.scale].to(given)
 
 
 # --- State dicts -----------------------------------------------------------------------------------
