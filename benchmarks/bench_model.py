@@ -7,6 +7,7 @@ medians are compared. Random weights: time does not depend on their values.
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import resource
 import statistics
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 import compsrt
+from compsrt import models
 from compsrt.calibration import calibrate
 from compsrt.distillation import Distillation
 from compsrt.models.swinir import SwinIR, SwinIRConfig
@@ -32,12 +34,18 @@ def network() -> SwinIR:
 def _ratios(method: str) -> dict[str, float]:
     model, picture = network(), torch.rand(1, 3, 64, 64)
     quantized = compsrt.quantize(model, QuantSpec(bits=4, method=method), picture)
+    packed = copy.deepcopy(quantized).requires_grad_(False)
+    models.set_arithmetic(packed, "auto")
     objective = Distillation(quantized, model)
     target = model(picture)
 
     def forward():
         with torch.no_grad():
             quantized(picture)
+
+    def packed_forward():
+        with torch.no_grad():
+            packed(picture)
 
     def forward_and_backward():
         objective.optimizer.zero_grad()
@@ -50,6 +58,7 @@ def _ratios(method: str) -> dict[str, float]:
 
     work = {
         "float forward": lambda: model(picture),
+        "packed forward": packed_forward,
         "fake-quant forward": forward,
         "forward and backward": forward_and_backward,
         "whole DQC step, teacher included": whole_step,
