@@ -5,9 +5,9 @@ PYTHON ?= python3
 TORCH := torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
-RESULTS := benchmarks/results
+RESULTS ?= benchmarks/results
 
-.PHONY: help test test-export demo bench lint gpu clean
+.PHONY: help test test-export demo bench lint gpu gpu-test gpu-bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -16,7 +16,7 @@ help:
 	@echo "make demo    compress the small network that comes along: python -m compsrt.train"
 	@echo "make bench   the benchmarks; JSON goes to $(RESULTS)/"
 	@echo "make lint    ruff and pyright"
-	@echo "make gpu     tests and benchmarks that need CUDA, with PYTHON's own packages"
+	@echo "make gpu     tests and benchmarks that need CUDA, with PYTHON's own packages: gpu-test, gpu-bench"
 	@echo "make clean   remove .venv, caches and build output"
 
 # The stamp is written last: a build that failed half-way is taken up again by the next make.
@@ -58,9 +58,20 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-gpu:
+gpu: gpu-test gpu-bench
+
+# Where compute-sanitizer is at hand, it looks at one small call of every kernel.
+gpu-test:
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests
-	PYTHONPATH=. $(PYTHON) -m pytest benchmarks
+	@command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer here"; exit 0; }; \
+	for tool in memcheck racecheck; do \
+		PYTHONPATH=. compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(PYTHON) -m pytest -q -m gpu -k "strides or borders" tests || exit 1; \
+	done
+
+gpu-bench:
+	@mkdir -p $(RESULTS)
+	PYTHONPATH=. $(PYTHON) -m pytest benchmarks --benchmark-only --benchmark-json=$(RESULTS)/gpu.json
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
