@@ -16,6 +16,7 @@ from .transforms import TRANSFORMS
 TRANSFORM_GROUPS = ("qkv", "query_key", "value", "attention", "proj", "fc1", "fc2")
 PRUNING_PATTERNS = ("unstructured", "2:4")
 SCALARS = ("lower", "upper", "alpha", "beta")
+TRAINED_KINDS = ("weights", "biases", "norms", "tables", "convolutions")
 STORAGE = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -76,6 +77,7 @@ class QuantSpec:
     pruning_pattern. per_channel: weight scales per output channel. one_sided: whether DOBI may
     choose a one-sided range ("auto", by error, or "never"). percentile: of the method of that
     name, per cent. seed: of the random transform. storage: type of all that stays float.
+    train_weights: which of TRAINED_KINDS are trained beside the scalars.
     """
 
     bits: int = 4
@@ -92,6 +94,7 @@ class QuantSpec:
     percentile: float = 99.9
     seed: int = 0
     storage: str = "float16"
+    train_weights: tuple[str, ...] = ()
 
     def __post_init__(self):
         for name in ("bits", "weight_bits", "activation_bits"):
@@ -108,6 +111,9 @@ class QuantSpec:
         )
         for _, transform in self.site_transforms:
             _one_of("transform", transform, TRANSFORMS)
+        object.__setattr__(self, "train_weights", tuple(self.train_weights))
+        for kind in self.train_weights:
+            _one_of("train_weights", kind, TRAINED_KINDS)
         _one_of("codes", self.codes, ("clamped", "unclamped"))
         _one_of("one_sided", self.one_sided, ("auto", "never"))
         _one_of("storage", self.storage, STORAGE)

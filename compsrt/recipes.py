@@ -26,6 +26,11 @@ class Recipe:
     patch: tuple[int, ...] | None = None
     learning_rate: float | None = None
     weight_learning_rate: float | None = None
+    train_weights: tuple[str, ...] | None = None
+    per_channel: bool | None = None
+    feature_weight: float | None = None
+    picture_weight: float | None = None
+    average: float | None = None
     warmup: int | None = None
     validate_every: int | None = None
     save_every: int | None = None
