@@ -18,6 +18,7 @@ TRANSFORM_GROUPS = ("qkv", "query_key", "value", "attention", "proj", "fc1", "fc
 PRUNING_PATTERNS = ("unstructured", "2:4")
 SCALARS = ("lower", "upper", "alpha", "beta")
 _OPTIONAL_BITS = ("weight_bits", "activation_bits", "convolution_bits")
+TRAINED_KINDS = ("weights", "biases", "norms", "tables", "convolutions")
 STORAGE = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -85,6 +86,7 @@ class QuantSpec:
     name, per cent. seed: of the random transform. storage: type of all that stays float.
     convolution_bits: of the weights of SwinIR's convolutions, with a scale for each output channel;
     None leaves them float. site_bits: (pattern, bits) pairs for sites by name, the last that matches.
+    train_weights: which of TRAINED_KINDS are trained beside the scalars.
     """
 
     bits: int = 4
@@ -103,6 +105,7 @@ class QuantSpec:
     storage: str = "float16"
     convolution_bits: int | None = _since(2, None)
     site_bits: tuple[tuple[str, int], ...] = _since(2, ())
+    train_weights: tuple[str, ...] = _since(2, ())
 
     def __post_init__(self):
         site_bits = tuple((str(pattern), bits) for pattern, bits in self.site_bits)
@@ -122,6 +125,9 @@ class QuantSpec:
         )
         for _, transform in self.site_transforms:
             _one_of("transform", transform, TRANSFORMS)
+        object.__setattr__(self, "train_weights", tuple(self.train_weights))
+        for kind in self.train_weights:
+            _one_of("train_weights", kind, TRAINED_KINDS)
         _one_of("codes", self.codes, ("clamped", "unclamped"))
         _one_of("one_sided", self.one_sided, ("auto", "never"))
         _one_of("storage", self.storage, STORAGE)

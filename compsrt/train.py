@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     from compsrt import float_command, srp_command
-    from compsrt.quantization import METHODS, PRUNING_PATTERNS, STORAGE
+    from compsrt.quantization import METHODS, PRUNING_PATTERNS, STORAGE, TRAINED_KINDS
     from compsrt.recipes import RECIPES
     from compsrt.transforms import TRANSFORMS
 
@@ -126,12 +126,22 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--learning-rate", type=float, metavar="LR",
         help="highest; of distillation in quantizer steps (default 0.03; of float training 1e-3)",
     )  # fmt: skip
+    training.add_argument(
+        "--train-weights", nargs="*", choices=TRAINED_KINDS, default=(), metavar="KIND",
+        help="train these beside the scalars (QAT by distillation):"
+        f" {', '.join(TRAINED_KINDS)}; without a KIND all of them",
+    )  # fmt: skip
     training.add_argument("--weight-learning-rate", type=float, default=1e-3, metavar="LR",
-                          help="of the weights with --method qat, in parts of their root mean"
-                          " square")  # fmt: skip
+                          help="of the weights with --train-weights or --method qat, in parts of"
+                          " their root mean square")  # fmt: skip
+    training.add_argument("--average", type=float, default=0.998, metavar="DECAY",
+                          help="of the moving average that is kept with --train-weights or --method"
+                          " qat; 0: none")  # fmt: skip
     training.add_argument("--warmup", type=int, default=0, metavar="STEPS")
     training.add_argument("--feature-weight", type=float, default=1.0, metavar="W",
                           help="of the feature term of distillation")  # fmt: skip
+    training.add_argument("--picture-weight", type=float, default=0.0, metavar="W",
+                          help="of the true picture beside the teacher's in distillation")  # fmt: skip
     training.add_argument("--validate-every", type=int, default=50, metavar="STEPS")
     training.add_argument("--save-every", type=int, default=50, metavar="STEPS",
                           help="how often the state to resume from is saved")  # fmt: skip
@@ -172,6 +182,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if options.learning_rate is None:
         floating = options.method in (["float"], ["srp"])
         options.learning_rate = 1e-3 if floating else 0.03
+    if options.train_weights == []:
+        options.train_weights = TRAINED_KINDS
     if options.output is None:
         options.output = Path("runs") / (options.recipe or "-".join(options.method))
     if options.resume and options.force:
@@ -289,8 +301,8 @@ def _specs(options: argparse.Namespace) -> list[Any]:
 
 
 def _name(spec: Any) -> str:
-    """Such as compsrt-4bit or compsrt-3bit-pruned40."""
-    name = f"{spec.method}-{spec.bits}bit"
+    """Such as compsrt-4bit, compsrt-weights-4bit (trained weights) or compsrt-3bit-pruned40."""
+    name = f"{spec.method}{'-weights' if spec.train_weights else ''}-{spec.bits}bit"
     return name if not spec.pruning else f"{name}-pruned{round(100 * spec.pruning)}"
 
 
@@ -360,6 +372,8 @@ def _compress(
         "world": ranks.world,
         "source": source["sha256"],
         "feature_weight": options.feature_weight,
+        "picture_weight": options.picture_weight,
+        "average": options.average,
         "weight_rate": options.weight_learning_rate / options.learning_rate,
     }
     done = folder / "done.json"
@@ -379,6 +393,8 @@ def _compress(
         schedule=schedule,
         validation=validation,
         feature_weight=options.feature_weight,
+        picture_weight=options.picture_weight,
+        average=options.average,
         weight_rate=settings["weight_rate"],
         folder=folder,
         settings=settings,
