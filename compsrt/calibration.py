@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
 from . import kernels, models
+from .allocation import allocate
 from .kernels.reference import sort_rows
 from .pruning import prune
 from .quantization import (
@@ -14,8 +17,10 @@ from .quantization import (
     QuantSpec,
     WeightQuantizer,
     named_quantizers,
+    observed,
     quant_spec,
 )
+from .rounding import round_for_outputs
 
 CALIBRATIONS = ("minmax", "percentile", "dobi")
 
@@ -120,14 +125,10 @@ def calibrate(model: nn.Module, pictures: Tensor) -> None:
     if spec is None:
         raise ValueError("model: it is a float model; compsrt.quantize makes a quantized one of it")
     observer = _Observer(spec)
-    sites = [quantizer for _, quantizer in named_quantizers(model)]
-    try:
-        for quantizer in sites:
-            quantizer.observer = observer
+    with observed((site for _, site in named_quantizers(model)), observer):
         model(pictures)
-    finally:
-        for quantizer in sites:
-            quantizer.observer = None
+    if spec.rounding == "output":
+        round_for_outputs(model, pictures, observer)
 
 
 def quantize(model: nn.Module, spec: QuantSpec, pictures: Tensor | None = None) -> nn.Module:
@@ -136,6 +137,12 @@ def quantize(model: nn.Module, spec: QuantSpec, pictures: Tensor | None = None) 
     pictures: (B, 3, H, W) in [0, 1], the calibration set; without it, call `calibrate` before use
     (until then every output is NaN). The public name of this is `compsrt.quantize`.
     """
+    if spec.average_bits is not None and not spec.site_bits:
+        if pictures is None:
+            raise ValueError("average_bits: it needs pictures to tell which sites matter")
+        equal = dataclasses.replace(spec, average_bits=None, rounding="nearest")
+        found = allocate(quantize(model, equal, pictures), spec, pictures)
+        return quantize(model, found, pictures)
     quantized = models.quantized(model, spec)
     if spec.pruning:
         prune(quantized, spec.pruning, spec.pruning_pattern)

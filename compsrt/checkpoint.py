@@ -39,7 +39,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import kernels, models
+from . import models
 from .files import atomic_write
 from .kernels.packing import pack_mask, pack_parts, unpack_mask, unpack_parts
 from .quantization import (
@@ -48,6 +48,7 @@ from .quantization import (
     QuantSpec,
     WeightQuantizer,
     named_quantizers,
+    observed,
     quant_spec,
     stored_as_float,
 )
@@ -415,24 +416,12 @@ def count_levels(model: nn.Module, x: Tensor) -> dict[str, int]:
     levels = {name: _weight_levels(site) for name, site in _weight_quantizers(model).items()}
     names = {site: name for name, site in named_quantizers(model) if name not in levels}
 
-    def quantize_and_count(site: Quantizer, inputs: tuple[Tensor], _: Tensor) -> Tensor:
-        output = kernels.fake_quantize(*inputs, *site.grid()[:4], bits=site.bits, codes=site.codes)
+    def quantize_and_count(site: Quantizer, x: Tensor) -> Tensor:
+        output = site.quantize(x)
         levels[names[site]] = output.unique().numel()
         return output
 
-    # An observed quantizer is part of no fused product and passes its input on, so the hook sees
-    # what arrives there and can hand on the quantized tensor in its place.
-    hooks = [site.register_forward_hook(quantize_and_count) for site in names]
-    for site in names:
-        site.observer = _look_away
-    try:
+    # An observed quantizer is part of no fused product.
+    with observed(names, quantize_and_count):
         model(x)
-    finally:
-        for site, hook in zip(names, hooks, strict=True):
-            site.observer = None
-            hook.remove()
     return levels
-
-
-def _look_away(quantizer: Quantizer, x: Tensor) -> None:
-    return None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ PRUNING_PATTERNS = ("unstructured", "2:4")
 SCALARS = ("lower", "upper", "alpha", "beta")
 _OPTIONAL_BITS = ("weight_bits", "activation_bits", "convolution_bits")
 TRAINED_KINDS = ("weights", "biases", "norms", "tables", "convolutions")
+ROUNDINGS = ("nearest", "output")
 STORAGE = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -86,7 +88,9 @@ class QuantSpec:
     name, per cent. seed: of the random transform. storage: type of all that stays float.
     convolution_bits: of the weights of SwinIR's convolutions, with a scale for each output channel;
     None leaves them float. site_bits: (pattern, bits) pairs for sites by name, the last that matches.
-    train_weights: which of TRAINED_KINDS are trained beside the scalars.
+    train_weights: which of TRAINED_KINDS are trained beside the scalars. rounding: of weights in
+    calibration, "nearest" or for the least error of their layers' "output" (rounding.py).
+    average_bits: 1 to 8; calibration finds the site_bits with this average (allocation.py).
     """
 
     bits: int = 4
@@ -106,6 +110,8 @@ class QuantSpec:
     convolution_bits: int | None = _since(2, None)
     site_bits: tuple[tuple[str, int], ...] = _since(2, ())
     train_weights: tuple[str, ...] = _since(2, ())
+    rounding: str = _since(2, "nearest")
+    average_bits: float | None = _since(2, None)
 
     def __post_init__(self):
         site_bits = tuple((str(pattern), bits) for pattern, bits in self.site_bits)
@@ -117,6 +123,8 @@ class QuantSpec:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 8:
                 raise ValueError(f"{name}: {value!r} is not a whole number from 1 to 8")
+        if self.average_bits is not None and not 1 <= self.average_bits <= 8:
+            raise ValueError(f"average_bits: {self.average_bits} is not between 1 and 8")
         _one_of("method", self.method, METHODS)
         if self.transform is not None:
             _one_of("transform", self.transform, TRANSFORMS)
@@ -130,6 +138,7 @@ class QuantSpec:
             _one_of("train_weights", kind, TRAINED_KINDS)
         _one_of("codes", self.codes, ("clamped", "unclamped"))
         _one_of("one_sided", self.one_sided, ("auto", "never"))
+        _one_of("rounding", self.rounding, ROUNDINGS)
         _one_of("storage", self.storage, STORAGE)
         _one_of("pruning_pattern", self.pruning_pattern, PRUNING_PATTERNS)
         if not 0 <= self.pruning <= 0.99:
@@ -199,8 +208,8 @@ class Quantizer(nn.Module):
     """One quantization site: four scalars (or one each per channel) and the rule that applies them.
 
     Until `set_bounds` or a loaded state the bounds are NaN, and so is every output. While
-    `observer` is set, the quantizer passes its input to it and returns it unchanged, so one
-    forward pass of the model shows every site its float input.
+    `observer` is set, the quantizer passes its input to it and returns what it gives back, or for
+    None its input unchanged, so one forward pass of the model shows every site its float input.
     """
 
     lower: nn.Parameter
@@ -208,6 +217,7 @@ class Quantizer(nn.Module):
     alpha: nn.Parameter
     beta: nn.Parameter
     stored: tuple[str, ...] = SCALARS  # those that the others follow from, in a packed file
+    products = 0  # multiplications that each of its values enters; 0: not part of a budget
 
     def __init__(
         self, bits: int, spec: QuantSpec, shape: tuple[int, ...] = (), searched: int | None = None
@@ -217,7 +227,7 @@ class Quantizer(nn.Module):
         self.bits, self.codes, self.moving_clip = bits, spec.codes, method.moving_clip
         self.searched_size = searched
         self.site = ""  # its name in the model, for error messages
-        self.observer: Callable[[Quantizer, Tensor], None] | None = None
+        self.observer: Callable[[Quantizer, Tensor], Tensor | None] | None = None
         for name in SCALARS:
             start = (
                 torch.zeros(shape) if name in ("alpha", "beta") else torch.full(shape, torch.nan)
@@ -282,11 +292,14 @@ class Quantizer(nn.Module):
         self.alpha.clamp_(-7 / 8 * step, 7 * step)
         self.beta.clamp_(-half, half)
 
+    def quantize(self, x: Tensor) -> Tensor:
+        return kernels.fake_quantize(x, *self.grid()[:4], bits=self.bits, codes=self.codes)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
-            self.observer(self, x)
-            return x
-        return kernels.fake_quantize(x, *self.grid()[:4], bits=self.bits, codes=self.codes)
+            replaced = self.observer(self, x)
+            return x if replaced is None else replaced
+        return self.quantize(x)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, codes={self.codes}, shape={tuple(self.lower.shape)}"
@@ -348,6 +361,10 @@ class WeightQuantizer(Quantizer):
                 )
             del self.rotated
             self.rotated = nn.Parameter(rotated)
+
+    def quantize_column(self, column: Tensor, j: int) -> Tensor:
+        """The quantized form of values (C_out,) of column j of the weight."""
+        return self.quantize(column[:, None])[:, 0]
 
     def freeze(self, integers: Tensor | None = None) -> None:
         """Keep the codes and drop the float weight."""
@@ -432,6 +449,21 @@ class SymmetricWeightQuantizer(WeightQuantizer):
     def set_bounds(self, lower: Tensor, upper: Tensor) -> None:
         upper = torch.maximum(-lower, upper)
         super().set_bounds(-upper, upper)
+
+
+@contextlib.contextmanager
+def observed(
+    sites: Iterable[Quantizer], observer: Callable[[Quantizer, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """While it lasts, these sites show their inputs to an observer (see `Quantizer`)."""
+    sites = list(sites)
+    try:
+        for site in sites:
+            site.observer = observer
+        yield
+    finally:
+        for site in sites:
+            site.observer = None
 
 
 # --- Whole models ----------------------------------------------------------------------------------

@@ -45,6 +45,11 @@ class QuantConv2d(nn.Module):
             convolution.bias.detach().clone(), requires_grad=METHODS[spec.method].weights
         )
 
+    def operand(self, x: Tensor) -> Tensor:
+        """What the weight is multiplied with, as rows (N, C_in k k). x: (B, C_in, H, W)."""
+        side = self.shape[-1]
+        return F.unfold(x, side, padding=side // 2).mT.flatten(0, 1)
+
     def forward(self, x: Tensor) -> Tensor:
         kernel = self.weight().unflatten(1, self.shape)
         return F.conv2d(x, kernel, self.bias, padding=kernel.shape[-1] // 2)

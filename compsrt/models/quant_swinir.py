@@ -54,6 +54,7 @@ class QuantLinear(nn.Module):
         rotated = weight.double() if matrix is None else weight.double() @ matrix
         padded = matrix is not None and matrix.shape[0] != matrix.shape[1]
         self.input = Quantizer(spec.bits_of_activations, spec, searched=size if padded else None)
+        self.input.products = out
         self.weight = WeightQuantizer(
             rotated.to(weight.dtype),
             spec.bits_of_weights,
@@ -70,6 +71,12 @@ class QuantLinear(nn.Module):
         assert held is not None
         weight = kernels.QuantWeight(held, self.weight.grid(), self.weight.mask)
         return kernels.QuantLayer(self.input.grid(), weight, self.bias, self.rotation)
+
+    def operand(self, x: Tensor) -> Tensor:
+        """What the weight is multiplied with, as rows (N, K'). x: (..., K'), rotated."""
+        if self.rotation is not None and padded(self.rotation):
+            x = project(x, self.rotation)
+        return x.flatten(0, -2)
 
     def observed(self, x: Tensor) -> Tensor:
         """The same in pieces, so that the sites see their inputs. x: (..., K), rotated."""
@@ -117,6 +124,9 @@ class QuantSwinBlock(nn.Module):
         self.key = activation("rotate_head", "query_key", self.head_dim)
         self.value = activation("rotate_value", "value", self.head_dim)
         self.attention = activation("rotate_token", "attention", self.window**2)
+        for site in (self.query, self.key, self.value):
+            site.products = self.window**2
+        self.attention.products = self.head_dim
         self.relative_position_bias_table = attention.relative_position_bias_table
         self.proj = linear(attention.proj, "proj")
         self.norm2 = block.norm2
