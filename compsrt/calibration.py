@@ -16,6 +16,7 @@ from .quantization import (
     named_quantizers,
     quant_spec,
 )
+from .transform_search import choose_transforms
 
 CALIBRATIONS = ("minmax", "percentile", "dobi")
 
@@ -136,6 +137,10 @@ def quantize(model: nn.Module, spec: QuantSpec, pictures: Tensor | None = None) 
     pictures: (B, 3, H, W) in [0, 1], the calibration set; without it, call `calibrate` before use
     (until then every output is NaN). The public name of this is `compsrt.quantize`.
     """
+    if spec.transform == "auto":
+        if pictures is None:
+            raise ValueError('transform: "auto" is chosen on pictures; give a calibration set')
+        spec = choose_transforms(lambda s: quantize(model, s, pictures), model, spec, pictures)
     quantized = models.quantized(model, spec)
     if spec.pruning:
         prune(quantized, spec.pruning, spec.pruning_pattern)

@@ -70,7 +70,8 @@ class QuantSpec:
     """All choices of a quantized model, stored in its file.
 
     bits: 1 to 8, for weights and activations unless weight_bits or activation_bits say otherwise.
-    method: one of METHODS. transform: one of TRANSFORMS, or None for the method's own;
+    method: one of METHODS. transform: one of TRANSFORMS, or None for the method's own, or "auto":
+    calibration chooses for every block and group (and puts its choice in this place);
     site_transforms: (pattern, transform) pairs that override it, the pattern matched against a
     group of TRANSFORM_GROUPS or "{block}.{group}". codes: "clamped", or "unclamped" for the
     published arithmetic. pruning: share of the rotated weights set to zero, 0 to 0.99, by
@@ -105,7 +106,7 @@ class QuantSpec:
                 raise ValueError(f"{name}: {value!r} is not a whole number from 1 to 8")
         _one_of("method", self.method, METHODS)
         if self.transform is not None:
-            _one_of("transform", self.transform, TRANSFORMS)
+            _one_of("transform", self.transform, (*TRANSFORMS, "auto"))
         object.__setattr__(
             self, "site_transforms", tuple((str(p), str(t)) for p, t in self.site_transforms)
         )
@@ -259,8 +260,11 @@ class WeightQuantizer(Quantizer):
     """A quantizer and the rotated weight (C_out, order) it belongs to.
 
     Holds either the rotated float weight, or, packed, its codes (uint8) alone. mask (C_out,
-    order) is False where a weight is pruned: such a weight contributes exactly 0.
+    order) is False where a weight is pruned: such a weight contributes exactly 0. turn: where the
+    rotation is learned, what it has become beyond the one that `rotated` is in.
     """
+
+    turn: Callable[[], Tensor] | None
 
     rotated: Tensor | None
     integers: Tensor | None
@@ -269,6 +273,7 @@ class WeightQuantizer(Quantizer):
     def __init__(self, rotated: Tensor, bits: int, spec: QuantSpec, searched_rows: int | None):
         super().__init__(bits, spec, (rotated.shape[0], 1) if spec.per_channel else ())
         self.searched_rows = searched_rows
+        object.__setattr__(self, "turn", None)  # shared, and so no module of this one
         self.register_buffer("rotated", rotated)
         self.register_buffer("mask", None)
         self.register_buffer("integers", None)
@@ -276,13 +281,16 @@ class WeightQuantizer(Quantizer):
     @property
     def size(self) -> torch.Size:
         """(C_out, order)"""
-        return self._held.shape
-
-    @property
-    def _held(self) -> Tensor:
         held = self.rotated if self.integers is None else self.integers
         assert held is not None
-        return held
+        return held.shape
+
+    @property
+    def held(self) -> Tensor:
+        """The rotated float weight, or its codes."""
+        held = self.rotated if self.integers is None else self.integers
+        assert held is not None
+        return held if self.turn is None or held is self.integers else held @ self.turn()
 
     def searched(self, x: Tensor) -> Tensor:
         if self.searched_rows is not None and self.lower.dim() == 0:
@@ -297,14 +305,14 @@ class WeightQuantizer(Quantizer):
         if self.codes != "clamped":
             raise ValueError("codes: unclamped codes need not fit 8 bits; they have no packed form")
         grid = self.grid()
-        integers = kernels.quantize_codes(self._held, *grid[:4], bits=self.bits, codes=self.codes)
+        integers = kernels.quantize_codes(self.held, *grid[:4], bits=self.bits, codes=self.codes)
         return (integers if self.mask is None else integers * self.mask).to(torch.uint8)
 
     def train_weight(self) -> None:
         """Make the rotated float weight a parameter: gradients go straight through the rounding."""
         if not isinstance(self.rotated, nn.Parameter):
-            rotated = self._held
-            if self.integers is not None:
+            rotated = self.rotated
+            if rotated is None:
                 raise ValueError(
                     f"{self.site}: a packed weight cannot be trained; start from the float one"
                 )
@@ -323,7 +331,7 @@ class WeightQuantizer(Quantizer):
             scale, zero = kernels.step_and_zero(*grid[:4], grid.bits)
             weight = kernels.dequantize(self.integers.to(scale.dtype), scale, zero)
         else:
-            weight = super().forward(self._held)
+            weight = super().forward(self.held)
         return weight if self.mask is None else weight * self.mask
 
 
