@@ -87,8 +87,11 @@ class StepAdam(torch.optim.Optimizer):
 
 def kind_of(module: nn.Module, name: str) -> str | None:
     """To which of TRAINED_KINDS a module's own parameter or buffer belongs."""
+    if isinstance(module, WeightQuantizer):
+        kind = "weights" if module.prunable else "convolutions"
+        return kind if name == "rotated" else None
     if isinstance(module, Quantizer):
-        return "weights" if isinstance(module, WeightQuantizer) and name == "rotated" else None
+        return None
     if isinstance(module, nn.LayerNorm):
         return "norms"
     if isinstance(module, nn.Conv2d):
@@ -112,7 +115,7 @@ class QuantTraining(AveragedTraining):
         for name, quantizer in sites:
             if not quantizer.calibrated:
                 raise ValueError(f"network: {name} is not calibrated")
-            if isinstance(quantizer, WeightQuantizer) and "weights" in kinds:
+            if isinstance(quantizer, WeightQuantizer) and kind_of(quantizer, "rotated") in kinds:
                 quantizer.train_weight()
         for module in network.modules():
             for name, parameter in module.named_parameters(recurse=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from .transforms import TRANSFORMS
 TRANSFORM_GROUPS = ("qkv", "query_key", "value", "attention", "proj", "fc1", "fc2")
 PRUNING_PATTERNS = ("unstructured", "2:4")
 SCALARS = ("lower", "upper", "alpha", "beta")
+_OPTIONAL_BITS = ("weight_bits", "activation_bits", "convolution_bits")
 TRAINED_KINDS = ("weights", "biases", "norms", "tables", "convolutions")
 STORAGE = {"float16": torch.float16, "float32": torch.float32}
 
@@ -65,6 +67,11 @@ def _one_of(argument: str, value: str, known) -> None:
         raise ValueError(f"{argument}: {value!r} is unknown; one of {', '.join(known)}")
 
 
+def _since(file_format: int, default: Any) -> Any:
+    """A field that files know from this format on; one of an older format lacks it."""
+    return dataclasses.field(default=default, metadata={"format": file_format})
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
     """All choices of a quantized model, stored in its file.
@@ -78,6 +85,8 @@ class QuantSpec:
     pruning_pattern. per_channel: weight scales per output channel. one_sided: whether DOBI may
     choose a one-sided range ("auto", by error, or "never"). percentile: of the method of that
     name, per cent. seed: of the random transform. storage: type of all that stays float.
+    convolution_bits: of the weights of SwinIR's convolutions, with a scale for each output channel;
+    None leaves them float. site_bits: (pattern, bits) pairs for sites by name, the last that matches.
     train_weights: which of TRAINED_KINDS are trained beside the scalars.
     """
 
@@ -95,12 +104,17 @@ class QuantSpec:
     percentile: float = 99.9
     seed: int = 0
     storage: str = "float16"
-    train_weights: tuple[str, ...] = ()
+    convolution_bits: int | None = _since(2, None)
+    site_bits: tuple[tuple[str, int], ...] = _since(2, ())
+    train_weights: tuple[str, ...] = _since(2, ())
 
     def __post_init__(self):
-        for name in ("bits", "weight_bits", "activation_bits"):
-            value = getattr(self, name)
-            if value is None and name != "bits":
+        site_bits = tuple((str(pattern), bits) for pattern, bits in self.site_bits)
+        object.__setattr__(self, "site_bits", site_bits)
+        widths = {name: getattr(self, name) for name in ("bits", *_OPTIONAL_BITS)}
+        widths |= {f"site_bits: {pattern}": bits for pattern, bits in site_bits}
+        for name, value in widths.items():
+            if value is None and name in _OPTIONAL_BITS:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 8:
                 raise ValueError(f"{name}: {value!r} is not a whole number from 1 to 8")
@@ -143,8 +157,30 @@ class QuantSpec:
                 return transform
         return METHODS[self.method].transform if self.transform is None else self.transform
 
+    def bits_of(self, site: str, bits: int) -> int:
+        """The bits of a site by its name: of the last pattern that matches, else the given ones."""
+        for pattern, chosen in reversed(self.site_bits):
+            if fnmatch.fnmatchcase(site, pattern):
+                return chosen
+        return bits
+
+    def _changed(self, field: dataclasses.Field) -> bool:
+        return getattr(self, field.name) != field.default
+
+    @property
+    def file_format(self) -> int:
+        """The oldest format of packed files that can say all this."""
+        fields = dataclasses.fields(self)
+        return max(
+            f.metadata.get("format", 1) for f in fields if f.name == "bits" or self._changed(f)
+        )
+
     def to_json(self) -> dict:
-        return dataclasses.asdict(self)
+        """What files hold: all fields of the first format, and of the later ones those that are set."""
+        later = {f.name for f in dataclasses.fields(self) if "format" in f.metadata}
+        unset = {f.name for f in dataclasses.fields(self) if not self._changed(f)}
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if name not in later & unset}
 
     @classmethod
     def from_json(cls, fields: dict) -> QuantSpec:
@@ -187,7 +223,8 @@ class Quantizer(nn.Module):
             start = (
                 torch.zeros(shape) if name in ("alpha", "beta") else torch.full(shape, torch.nan)
             )
-            self.register_parameter(name, nn.Parameter(start, requires_grad=name in method.learn))
+            learned = name in method.learn and name in self.stored
+            self.register_parameter(name, nn.Parameter(start, requires_grad=learned))
 
     @property
     def calibrated(self) -> bool:
@@ -269,6 +306,7 @@ class WeightQuantizer(Quantizer):
     rotated: Tensor | None
     integers: Tensor | None
     mask: Tensor | None
+    prunable = True
 
     def __init__(self, rotated: Tensor, bits: int, spec: QuantSpec, searched_rows: int | None):
         super().__init__(bits, spec, (rotated.shape[0], 1) if spec.per_channel else ())
@@ -383,7 +421,6 @@ class SymmetricWeightQuantizer(WeightQuantizer):
 
     def __init__(self, rotated: Tensor, bits: int, spec: QuantSpec):
         super().__init__(rotated, bits, dataclasses.replace(spec, per_channel=True), None)
-        self.lower.requires_grad_(False)
 
     def grid(self) -> kernels.Grid:
         levels, half = 2**self.bits - 1, max(2 ** (self.bits - 1) - 1, 0.5)

@@ -96,6 +96,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="for one kind of site (qkv, query_key, value, attention, proj, fc1, fc2) or a pattern"
         " of BLOCK.SITE; may be given several times",
     )  # fmt: skip
+    quantizer.add_argument("--convolution-bits", type=int, metavar="B",
+                           help="for the weights of SwinIR's convolutions, whose inputs stay float"
+                           " (default: float weights)")  # fmt: skip
     quantizer.add_argument("--codes", choices=("clamped", "unclamped"), default="clamped",
                            help="unclamped is the published arithmetic, for comparison only")  # fmt: skip
     quantizer.add_argument("--per-channel", action="store_true",
@@ -292,7 +295,7 @@ def _specs(options: argparse.Namespace) -> list[Any]:
     shared = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(QuantSpec)
-        if field.name not in ("bits", "method", "pruning", "site_transforms")
+        if field.name not in ("bits", "method", "pruning", "site_transforms", "site_bits")
     }
     return [
         QuantSpec(method=method, bits=bits, pruning=share, site_transforms=tuple(sites), **shared)

@@ -33,12 +33,12 @@ class QuantConv2d(nn.Module):
 
     bias: nn.Parameter
 
-    def __init__(self, convolution: nn.Conv2d, spec: QuantSpec):
+    def __init__(self, convolution: nn.Conv2d, spec: QuantSpec, bits: int | None = None):
         super().__init__()
         kernel = convolution.weight.detach()
         self.shape = kernel.shape[1:]
         self.weight = SymmetricWeightQuantizer(
-            kernel.flatten(1).clone(), spec.bits_of_weights, spec
+            kernel.flatten(1).clone(), bits or spec.bits_of_weights, spec
         )
         assert convolution.bias is not None
         self.bias = nn.Parameter(
@@ -103,6 +103,7 @@ def swap_body(model: sesr.SESR, spec: QuantSpec) -> nn.Module:
     first = next(model.parameters())
     for name, quantizer in named_quantizers(model):
         quantizer.to(first.device, first.dtype).site = name
+        quantizer.bits = spec.bits_of(name, quantizer.bits)
     quantized.spec = spec
     round_to_storage(model)
     return model

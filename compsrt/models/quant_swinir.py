@@ -12,6 +12,8 @@ multiplied in the rotated domain, because (X T)(W T)^T = X W^T. Four ops of `ker
 
 A padded transform (order > size) is no rotation of the coefficients it adds, so there the
 projection T^T T stands between two quantized operands; the ops see to it.
+
+With `spec.convolution_bits` the weights of the convolutions are quantized too, their inputs are not.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from ..quantization import (
 )
 from ..transforms import next_power_of_two, transform_matrix
 from . import swinir
+from .quant_sesr import QuantConv2d
 
 
 class QuantLinear(nn.Module):
@@ -264,6 +267,18 @@ def _multiply_observed(
     return _observe(a, rotation, a_site) @ (b if b_site is None else b_site(b.mT).mT)
 
 
+def _swap_convolutions(model: nn.Module, spec: QuantSpec, bits: int) -> None:
+    """Quantize the weights of all convolutions, a scale for each output channel, never pruned.
+
+    Their inputs stay float, so this saves bytes and no multiplier.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Conv2d):
+            convolution = QuantConv2d(module, spec, bits)
+            convolution.weight.prunable = False
+            model.set_submodule(name, convolution)
+
+
 def swap_blocks(model: swinir.SwinIR, spec: QuantSpec) -> nn.Module:
     """A copy of a float model with every Swin block replaced by its quantized form, not calibrated.
 
@@ -275,9 +290,12 @@ def swap_blocks(model: swinir.SwinIR, spec: QuantSpec) -> nn.Module:
     for name, parent, position, block in list(model.named_blocks()):
         assert isinstance(block, swinir.SwinBlock)
         parent[position] = QuantSwinBlock(block, spec, name)
+    if spec.convolution_bits is not None:
+        _swap_convolutions(model, spec, spec.convolution_bits)
     first = next(model.parameters())
     for name, quantizer in named_quantizers(model):
         quantizer.to(first.device, first.dtype).site = name
+        quantizer.bits = spec.bits_of(name, quantizer.bits)
     quantized: Any = model
     quantized.spec = spec
     round_to_storage(model)
