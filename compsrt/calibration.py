@@ -21,6 +21,7 @@ from .quantization import (
     quant_spec,
 )
 from .rounding import round_for_outputs
+from .transform_search import choose_transforms
 
 CALIBRATIONS = ("minmax", "percentile", "dobi")
 
@@ -81,7 +82,7 @@ class _Observer:
         per_row = quantizer.lower.dim() > 0
         if isinstance(quantizer, WeightQuantizer) and quantizer.mask is not None:
             if per_row:
-                kept = quantizer.mask
+                kept = quantizer.rows(quantizer.mask)
                 # A pruned weight is no level of its row: replace it by one that is kept.
                 some = searched.gather(1, kept.int().argmax(1, keepdim=True))
                 searched = torch.where(kept, searched, some)
@@ -137,12 +138,21 @@ def quantize(model: nn.Module, spec: QuantSpec, pictures: Tensor | None = None) 
     pictures: (B, 3, H, W) in [0, 1], the calibration set; without it, call `calibrate` before use
     (until then every output is NaN). The public name of this is `compsrt.quantize`.
     """
+    # What is searched first is searched on the plain form: equal bits, nearest codes.
+    plain = {"average_bits": None, "rounding": "nearest"}
+    if spec.transform == "auto":
+        if pictures is None:
+            raise ValueError('transform: "auto" is chosen on pictures; give a calibration set')
+
+        def trial(candidate: QuantSpec) -> nn.Module:
+            return quantize(model, dataclasses.replace(candidate, **plain), pictures)
+
+        spec = choose_transforms(trial, model, spec, pictures)
     if spec.average_bits is not None and not spec.site_bits:
         if pictures is None:
             raise ValueError("average_bits: it needs pictures to tell which sites matter")
-        equal = dataclasses.replace(spec, average_bits=None, rounding="nearest")
-        found = allocate(quantize(model, equal, pictures), spec, pictures)
-        return quantize(model, found, pictures)
+        equal = dataclasses.replace(spec, **plain)
+        spec = allocate(quantize(model, equal, pictures), spec, pictures)
     quantized = models.quantized(model, spec)
     if spec.pruning:
         prune(quantized, spec.pruning, spec.pruning_pattern)

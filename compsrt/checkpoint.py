@@ -1,12 +1,14 @@
 """Files of models: the packed file of a quantized model, and float state dicts of any origin.
 
-A packed file is a safetensors file of at most four flat tensors, because every named tensor costs
+A packed file is a safetensors file of at most five flat tensors, because every named tensor costs
 header bytes, and names and shapes follow from the architecture:
 
     codes    uint8      codes of the quantized weights (kernels/packing.py), pruned ones left out,
                         each site's in as many bits as the spec gives it
     mask     uint8      one bit a weight that can be pruned, 1 where it is kept; only in a pruned model
     scalars  float32    of every quantizer those that it stores: lower, upper, alpha and beta
+    scales   spec.storage    step and zero point of weights with more than one scale, where these were
+                             made compact (`compact_scales`) and are not among the scalars
     floats   spec.storage    everything else: biases, norms, convolutions, position biases
 
 each in the order in which `named_quantizers` and `stored_as_float` name its parts. Unstructured
@@ -47,6 +49,7 @@ from .quantization import (
     Quantizer,
     QuantSpec,
     WeightQuantizer,
+    fine_sites,
     named_quantizers,
     observed,
     quant_spec,
@@ -203,14 +206,15 @@ def save_packed(
         )
     weights = _weight_quantizers(model)
     kept = [_kept(weight) for weight in weights.values()]
+    scalars: list[Tensor] = []
+    scales: list[Tensor] = []
+    for site, quantizer in _calibrated_quantizers(model):
+        dtype = quantizer.scale_type
+        for name in quantizer.stored:
+            found = _exactly(f"{site}.{name}", getattr(quantizer, name), dtype or torch.float32)
+            (scalars if dtype is None else scales).append(found)
     tensors = {
-        "scalars": torch.cat(
-            [
-                _exactly(f"{site}.{name}", getattr(quantizer, name), torch.float32)
-                for site, quantizer in _calibrated_quantizers(model)
-                for name in quantizer.stored
-            ]
-        ),
+        "scalars": torch.cat(scalars),
         "floats": torch.cat(
             [
                 _exactly(name, tensor, STORAGE[spec.storage])
@@ -218,6 +222,8 @@ def save_packed(
             ]
         ),
     }
+    if scales:
+        tensors["scales"] = torch.cat(scales)
     if any(weight.mask is not None for weight in weights.values()):
         masks = zip(kept, weights.values(), strict=True)
         tensors["mask"] = pack_mask(torch.cat([m.flatten() for m, w in masks if w.prunable]).cpu())
@@ -229,7 +235,7 @@ def save_packed(
     card: dict[str, Any] = getattr(model, "card", {})
     card = card if "spec" in card else {}  # what is known of the float model is not about this one
     metadata = {
-        "format": spec.file_format,
+        "format": 2 if scales else spec.file_format,
         "architecture": models.describe(model),
         "spec": spec.to_json(),
         **{key: card.get(key) if value is None else value for key, value in records.items()},
@@ -304,12 +310,20 @@ def _unpack(tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> nn.Module
     kept = [_kept(weight) for weight in weights.values()]
     parts = [(int(m.sum()), w.bits) for m, w in zip(kept, weights.values(), strict=True)]
     codes = unpack_parts(tensors["codes"], parts)
+    compact = fine_sites(model) if "scales" in tensors else []
+    for site in compact:
+        site.set_compact(STORAGE[spec.storage])
     scalars = [
-        getattr(quantizer, name) for quantizer in sites.values() for name in quantizer.stored
+        getattr(site, name)
+        for site in sites.values()
+        if site not in compact
+        for name in site.stored
     ]
+    scales = [getattr(site, name) for site in compact for name in site.stored]
     floats = list(stored_as_float(model).values())
     with torch.no_grad():
-        for targets, stored in ((scalars, tensors["scalars"]), (floats, tensors["floats"])):
+        for targets, key in ((scalars, "scalars"), (scales, "scales"), (floats, "floats")):
+            stored = tensors.get(key, torch.empty(0))
             shapes = [target.shape for target in targets]
             for target, values in zip(targets, _split(stored, shapes), strict=True):
                 target.copy_(values)
@@ -362,7 +376,7 @@ def size_report(model: nn.Module, path: StrPath | None = None) -> dict[str, Any]
     Returns weights: the number of weights that are quantized, or would be, pruned ones included (of
     SwinIR those of linear layers, as in papers: what its convolutions take shows in the file's
     bytes); bits_per_weight: bits of their codes, mask and scales over that number; levels: the most
-    distinct values of kept weights in one tensor, or one row of it where scales are per channel
+    distinct values of kept weights in one tensor, or one row or group of it where scales are finer
     (None for a float model); float_file_bytes: 4 bytes a parameter of the float network;
     file_bytes and ratio (float_file_bytes over file_bytes), None without a file. With unclamped
     codes a weight takes log2 of its tensor's levels, whatever spec.bits says.
@@ -395,13 +409,13 @@ def _bits(site: WeightQuantizer, levels: int) -> float:
     """Bits that one weight takes in the file."""
     kept = int(_kept(site).sum())
     width = site.bits if site.codes == "clamped" else math.log2(levels)
-    scalars = 32 * len(site.stored) * site.lower.numel()
+    scalars = 8 * (site.scale_type or torch.float32).itemsize * len(site.stored)
     mask = 0 if site.mask is None else site.size.numel()
-    return kept * width + mask + scalars
+    return kept * width + mask + scalars * site.lower.numel()
 
 
 def _weight_levels(site: WeightQuantizer) -> int:
-    values, kept = site(), _kept(site)
+    values, kept = site.rows(site()), site.rows(_kept(site))
     rows = zip(values, kept, strict=True) if site.lower.dim() else [(values, kept)]
     return max(row[mask].unique().numel() for row, mask in rows)
 

@@ -16,7 +16,7 @@ from .data import PatchSampler
 from .distillation import Distillation
 from .distributed import Ranks
 from .quant_training import QuantTraining
-from .quantization import METHODS, QuantSpec, round_to_storage
+from .quantization import METHODS, QuantSpec, compact_scales, round_to_storage
 from .trainer import Schedule, Trainer, Validation
 
 CALIBRATION_STEP = 1 << 40  # a step that no training reaches: its crops are the calibration set
@@ -111,6 +111,8 @@ def compress(
         report["pictures"] = len(calibration.sampler)
         if trainer.best is not None:
             report |= {"validation_psnr": trainer.best[0], "best_step": trainer.best[1]}
+    if spec.codes == "clamped":
+        compact_scales(quantized)
     report["seconds"] = time.perf_counter() - began
     if folder is not None and spec.codes == "clamped" and (ranks is None or ranks.is_main):
         checkpoint.save_packed(

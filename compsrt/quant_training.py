@@ -3,7 +3,8 @@
 Rounding passes gradients straight through. Sizes differ by orders of magnitude from site to site, so
 `StepAdam` measures every update in a unit of its own: a scalar moves by parts of its quantizer's step
 (a rate of 0.01 moves a bound by about a hundredth of a level a step, everywhere), a float tensor by
-parts of its root mean square. So one pair of rates serves every layer and every bit width.
+parts of its root mean square, a learned rotation by radians. So one pair of rates serves every layer
+and every bit width.
 
 What is trained is what the method learns and spec.train_weights names. `QuantTraining` compares with
 the true pictures; `distillation.Distillation` with a float teacher.
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .float_training import AveragedTraining
+from .learned_rotation import LearnedRotation
 from .quantization import (
     METHODS,
     SCALARS,
@@ -130,7 +132,18 @@ class QuantTraining(AveragedTraining):
         }
         scalars = [p for p in parameters if id(p) in steps]
         floats = [p for p in parameters if id(p) not in steps]
-        units = [p.detach().square().mean().sqrt().clamp_min(LEAST_UNIT) for p in floats]
+        angles = {
+            id(p)
+            for m in network.modules()
+            if isinstance(m, LearnedRotation)
+            for p in m.parameters()
+        }
+        units = [
+            torch.ones_like(p)
+            if id(p) in angles
+            else p.detach().square().mean().sqrt().clamp_min(LEAST_UNIT)
+            for p in floats
+        ]
         self.optimizer = StepAdam(
             [
                 {"params": group, "lr_factor": factor}

@@ -79,7 +79,8 @@ class QuantSpec:
     """All choices of a quantized model, stored in its file.
 
     bits: 1 to 8, for weights and activations unless weight_bits or activation_bits say otherwise.
-    method: one of METHODS. transform: one of TRANSFORMS, or None for the method's own;
+    method: one of METHODS. transform: one of TRANSFORMS, or None for the method's own, or "auto":
+    calibration chooses for every block and group (and puts its choice in this place);
     site_transforms: (pattern, transform) pairs that override it, the pattern matched against a
     group of TRANSFORM_GROUPS or "{block}.{group}". codes: "clamped", or "unclamped" for the
     published arithmetic. pruning: share of the rotated weights set to zero, 0 to 0.99, by
@@ -91,6 +92,8 @@ class QuantSpec:
     train_weights: which of TRAINED_KINDS are trained beside the scalars. rounding: of weights in
     calibration, "nearest" or for the least error of their layers' "output" (rounding.py).
     average_bits: 1 to 8; calibration finds the site_bits with this average (allocation.py).
+    weight_groups: weights of a row that share a scale (a divisor of every row's length), instead of
+    all of the tensor, or of the row with per_channel.
     """
 
     bits: int = 4
@@ -112,6 +115,7 @@ class QuantSpec:
     train_weights: tuple[str, ...] = _since(2, ())
     rounding: str = _since(2, "nearest")
     average_bits: float | None = _since(2, None)
+    weight_groups: int | None = _since(2, None)
 
     def __post_init__(self):
         site_bits = tuple((str(pattern), bits) for pattern, bits in self.site_bits)
@@ -123,11 +127,16 @@ class QuantSpec:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 8:
                 raise ValueError(f"{name}: {value!r} is not a whole number from 1 to 8")
+        groups = self.weight_groups
+        if groups is not None and (
+            isinstance(groups, bool) or not isinstance(groups, int) or groups < 1
+        ):
+            raise ValueError(f"weight_groups: {groups!r} is not a whole number of at least 1")
         if self.average_bits is not None and not 1 <= self.average_bits <= 8:
             raise ValueError(f"average_bits: {self.average_bits} is not between 1 and 8")
         _one_of("method", self.method, METHODS)
         if self.transform is not None:
-            _one_of("transform", self.transform, TRANSFORMS)
+            _one_of("transform", self.transform, (*TRANSFORMS, "auto"))
         object.__setattr__(
             self, "site_transforms", tuple((str(p), str(t)) for p, t in self.site_transforms)
         )
@@ -217,6 +226,7 @@ class Quantizer(nn.Module):
     alpha: nn.Parameter
     beta: nn.Parameter
     stored: tuple[str, ...] = SCALARS  # those that the others follow from, in a packed file
+    scale_type: torch.dtype | None = None  # what compact scales are stored in; None: not compact
     products = 0  # multiplications that each of its values enters; 0: not part of a budget
 
     def __init__(
@@ -309,17 +319,31 @@ class WeightQuantizer(Quantizer):
     """A quantizer and the rotated weight (C_out, order) it belongs to.
 
     Holds either the rotated float weight, or, packed, its codes (uint8) alone. mask (C_out,
-    order) is False where a weight is pruned: such a weight contributes exactly 0.
+    order) is False where a weight is pruned: such a weight contributes exactly 0. turn: where the
+    rotation is learned, what it has become beyond the one that `rotated` is in.
     """
+
+    turn: Callable[[], Tensor] | None
 
     rotated: Tensor | None
     integers: Tensor | None
     mask: Tensor | None
     prunable = True
+    compact_form: tuple[str, ...] = ("lower", "alpha")  # what is stored of compact scales
 
     def __init__(self, rotated: Tensor, bits: int, spec: QuantSpec, searched_rows: int | None):
-        super().__init__(bits, spec, (rotated.shape[0], 1) if spec.per_channel else ())
+        fine = spec.per_channel or spec.weight_groups is not None
+        self.group = (spec.weight_groups or rotated.shape[1]) if fine else None
+        if fine and rotated.shape[1] % (self.group or 1):
+            raise ValueError(
+                f"weight_groups: {spec.weight_groups} does not divide the {rotated.shape[1]} weights"
+                " of a row; use a divisor of all layers' rows, or per_channel"
+            )
+        super().__init__(
+            bits, spec, () if self.group is None else (rotated.numel() // self.group, 1)
+        )
         self.searched_rows = searched_rows
+        object.__setattr__(self, "turn", None)  # shared, and so no module of this one
         self.register_buffer("rotated", rotated)
         self.register_buffer("mask", None)
         self.register_buffer("integers", None)
@@ -327,18 +351,28 @@ class WeightQuantizer(Quantizer):
     @property
     def size(self) -> torch.Size:
         """(C_out, order)"""
-        return self._held.shape
-
-    @property
-    def _held(self) -> Tensor:
         held = self.rotated if self.integers is None else self.integers
         assert held is not None
-        return held
+        return held.shape
+
+    @property
+    def held(self) -> Tensor:
+        """The rotated float weight, or its codes."""
+        held = self.rotated if self.integers is None else self.integers
+        assert held is not None
+        return held if self.turn is None or held is self.integers else held @ self.turn()
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x of the weight's shape with one row for each scale: (C_out groups, order / groups)."""
+        return x if self.group is None else x.reshape(-1, self.group)
 
     def searched(self, x: Tensor) -> Tensor:
-        if self.searched_rows is not None and self.lower.dim() == 0:
+        if self.searched_rows is not None and self.group is None:
             return F.pad(x, (0, 0, 0, self.searched_rows - x.shape[0]))
-        return x
+        return self.rows(x)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return super().quantize(self.rows(x)).view(x.shape)
 
     @torch.no_grad()
     def to_integers(self) -> Tensor:
@@ -347,15 +381,17 @@ class WeightQuantizer(Quantizer):
             return self.integers
         if self.codes != "clamped":
             raise ValueError("codes: unclamped codes need not fit 8 bits; they have no packed form")
-        grid = self.grid()
-        integers = kernels.quantize_codes(self._held, *grid[:4], bits=self.bits, codes=self.codes)
+        grid, held = self.grid(), self.held
+        integers = kernels.quantize_codes(
+            self.rows(held), *grid[:4], bits=self.bits, codes=self.codes
+        ).view(held.shape)
         return (integers if self.mask is None else integers * self.mask).to(torch.uint8)
 
     def train_weight(self) -> None:
         """Make the rotated float weight a parameter: gradients go straight through the rounding."""
         if not isinstance(self.rotated, nn.Parameter):
-            rotated = self._held
-            if self.integers is not None:
+            rotated = self.rotated
+            if rotated is None:
                 raise ValueError(
                     f"{self.site}: a packed weight cannot be trained; start from the float one"
                 )
@@ -364,7 +400,45 @@ class WeightQuantizer(Quantizer):
 
     def quantize_column(self, column: Tensor, j: int) -> Tensor:
         """The quantized form of values (C_out,) of column j of the weight."""
-        return self.quantize(column[:, None])[:, 0]
+        grid = self.grid()
+        scalars = grid[:4]
+        if self.group is not None:
+            at = slice(j // self.group, None, self.size[1] // self.group)
+            scalars = [None if scalar is None else scalar[at] for scalar in scalars]
+        return kernels.fake_quantize(column[:, None], *scalars, bits=grid.bits, codes=grid.codes)[
+            :, 0
+        ]
+
+    @torch.no_grad()
+    def compact(self, storage: torch.dtype) -> None:
+        """Freeze, and keep of the scalars the step and the zero point alone, in a storage type.
+
+        Four float32 numbers a row of 60 weights are 2.1 bits a weight; these two in float16 are 0.5.
+        """
+        lower, upper, _, _, _, _ = grid = self.grid()
+        step, zero = kernels.step_and_zero(*grid[:4], grid.bits)
+        moved_step, moved_zero = (t.to(storage).to(t.dtype) for t in (step, zero))
+        alpha = moved_step - (upper - lower) / (2**grid.bits - 1)
+        for scalar, value in zip(SCALARS, (lower, upper, alpha, moved_zero - lower), strict=True):
+            getattr(self, scalar).copy_(value)
+        self.moving_clip = False
+        self.freeze()
+        self.set_compact(storage)
+        self.lower.copy_(moved_zero)
+        self.alpha.copy_(moved_step)
+        self.restore()
+
+    def set_compact(self, storage: torch.dtype) -> None:
+        """What a file holds of this site is its compact form."""
+        self.scale_type, self.stored = storage, self.compact_form
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        if self.scale_type is not None:
+            # Bounds matter to float weights alone: (upper - lower)/L + alpha is alpha, exactly.
+            self.moving_clip = False
+            self.upper.copy_(self.lower)
+            self.beta.zero_()
 
     def freeze(self, integers: Tensor | None = None) -> None:
         """Keep the codes and drop the float weight."""
@@ -376,9 +450,10 @@ class WeightQuantizer(Quantizer):
         if self.integers is not None:
             grid = self.grid()
             scale, zero = kernels.step_and_zero(*grid[:4], grid.bits)
-            weight = kernels.dequantize(self.integers.to(scale.dtype), scale, zero)
+            weight = kernels.dequantize(self.rows(self.integers).to(scale.dtype), scale, zero)
+            weight = weight.view(self.integers.shape)
         else:
-            weight = super().forward(self._held)
+            weight = super().forward(self.held)
         return weight if self.mask is None else weight * self.mask
 
 
@@ -427,9 +502,11 @@ class SymmetricWeightQuantizer(WeightQuantizer):
     """
 
     stored = ("upper",)
+    compact_form = stored
 
     def __init__(self, rotated: Tensor, bits: int, spec: QuantSpec):
-        super().__init__(rotated, bits, dataclasses.replace(spec, per_channel=True), None)
+        fine = dataclasses.replace(spec, per_channel=True, weight_groups=None)
+        super().__init__(rotated, bits, fine, None)
 
     def grid(self) -> kernels.Grid:
         levels, half = 2**self.bits - 1, max(2 ** (self.bits - 1) - 1, 0.5)
@@ -441,6 +518,14 @@ class SymmetricWeightQuantizer(WeightQuantizer):
     def project_(self, smallest_range: Tensor) -> None:
         torch.maximum(self.upper, smallest_range / 2, out=self.upper)
         self.lower.copy_(-self.upper)
+
+    @torch.no_grad()
+    def compact(self, storage: torch.dtype) -> None:
+        """Freeze, with the upper bounds in a storage type."""
+        self.upper.copy_(self.upper.to(storage))
+        self.set_compact(storage)
+        self.restore()
+        self.freeze()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -486,6 +571,24 @@ def round_to_storage(model: nn.Module) -> None:
     assert spec is not None
     for tensor in stored_as_float(model).values():
         tensor.copy_(tensor.to(STORAGE[spec.storage]))
+
+
+def fine_sites(model: nn.Module) -> list[WeightQuantizer]:
+    """The weights with more than one scale, where spec asks for such; their scales can be compact."""
+    spec = quant_spec(model)
+    assert spec is not None
+    if not spec.per_channel and spec.weight_groups is None and spec.convolution_bits is None:
+        return []
+    sites = (site for _, site in named_quantizers(model) if isinstance(site, WeightQuantizer))
+    return [site for site in sites if site.group is not None]
+
+
+def compact_scales(model: nn.Module) -> None:
+    """Freeze weights with more than one scale, and round these to spec.storage: the end of training."""
+    spec = quant_spec(model)
+    assert spec is not None
+    for site in fine_sites(model):
+        site.compact(STORAGE[spec.storage])
 
 
 def quant_spec(model: nn.Module) -> QuantSpec | None:

@@ -86,8 +86,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
                            help="1 to 8; several: one run each")  # fmt: skip
     quantizer.add_argument("--weight-bits", type=int, metavar="B", help="for weights alone")
     quantizer.add_argument("--activation-bits", type=int, metavar="B", help="for inputs alone")
-    quantizer.add_argument("--transform", choices=TRANSFORMS, metavar="NAME",
-                           help=f"instead of the method's own: {', '.join(TRANSFORMS)}")  # fmt: skip
+    quantizer.add_argument(
+        "--transform", choices=(*TRANSFORMS, "auto"), metavar="NAME",
+        help=f"instead of the method's own: {', '.join(TRANSFORMS)} (Hadamard's, turned by"
+        " distillation), or auto (chosen for every block and site by output error)",
+    )  # fmt: skip
     quantizer.add_argument(
         "--site-transform", action="append", default=[], metavar="SITE=NAME",
         help="for one kind of site (qkv, query_key, value, attention, proj, fc1, fc2) or a pattern"

@@ -21,12 +21,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels.reference.attention import attend, rotate
 from ..kernels.reference.linear import padded, project
+from ..learned_rotation import LearnedRotation
 from ..quantization import (
     METHODS,
     Quantizer,
@@ -43,10 +45,17 @@ from .quant_sesr import QuantConv2d
 class QuantLinear(nn.Module):
     """y = fq(x T) W^^T + bias; W^ as its WeightQuantizer gives it, T `rotation` or None."""
 
-    rotation: Tensor | None
+    start: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, transform: str, spec: QuantSpec):
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        transform: str,
+        spec: QuantSpec,
+        turn: LearnedRotation | None = None,
+    ):
         super().__init__()
         out, size = weight.shape
         matrix = transform_matrix(transform, size, spec.seed)
@@ -63,13 +72,24 @@ class QuantLinear(nn.Module):
         )
         self.bias = None if bias is None else nn.Parameter(bias, METHODS[spec.method].weights)
         matrix = None if matrix is None else matrix.to(weight.dtype).contiguous()
-        self.register_buffer("rotation", matrix, persistent=False)
+        self.register_buffer("start", matrix, persistent=False)
+        object.__setattr__(self.weight, "turn", turn)
+
+    @property
+    def rotation(self) -> Tensor | None:
+        """What x is rotated with; it requires gradients while it is learned."""
+        if self.start is None or self.weight.turn is None:
+            return self.start
+        return self.start @ self.weight.turn()
 
     def layer(self) -> kernels.QuantLayer:
         """The arguments of `kernels.quant_linear`."""
-        held = self.weight.rotated if self.weight.integers is None else self.weight.integers
-        assert held is not None
-        weight = kernels.QuantWeight(held, self.weight.grid(), self.weight.mask)
+        site = self.weight
+        if site.lower.dim() and len(site.lower) != site.size[0]:
+            # Scales finer than a row are in no kernel's reach: it takes the quantized weight.
+            weight = kernels.QuantWeight(site(), None, None)
+        else:
+            weight = kernels.QuantWeight(site.held, site.grid(), site.mask)
         return kernels.QuantLayer(self.input.grid(), weight, self.bias, self.rotation)
 
     def operand(self, x: Tensor) -> Tensor:
@@ -100,13 +120,26 @@ class QuantSwinBlock(nn.Module):
         self.heads, self.head_dim = attention.heads, attention.head_dim
         first = attention.qkv.weight
 
+        self.turns = nn.ModuleDict()
+
+        def turn(group: str, size: int) -> LearnedRotation | None:
+            """What one group's rotation is turned by while it is learned."""
+            if spec.transform_of(name, group) != "learned":
+                return None
+            if group not in self.turns:
+                turn = LearnedRotation(size, bool(METHODS[spec.method].learn))
+                self.turns[group] = turn.to(first.device, first.dtype)
+            turn: Any = self.turns[group]
+            return turn
+
         def linear(layer: nn.Linear, group: str, part: int | None = None) -> QuantLinear:
             tensors = [layer.weight, layer.bias]
             if part is not None:
                 tensors = [None if t is None else t.chunk(3)[part] for t in tensors]
             weight, bias = (None if t is None else t.detach().clone() for t in tensors)
             assert weight is not None
-            return QuantLinear(weight, bias, spec.transform_of(name, group), spec)
+            transform = spec.transform_of(name, group)
+            return QuantLinear(weight, bias, transform, spec, turn(group, weight.shape[1]))
 
         def activation(key: str, group: str, size: int) -> Quantizer:
             """The site of an operand of attention; its rotation is the buffer of that key."""
@@ -120,6 +153,8 @@ class QuantSwinBlock(nn.Module):
         self.q = linear(attention.qkv, "qkv", 0)
         self.k = linear(attention.qkv, "qkv", 1)
         self.v = linear(attention.qkv, "qkv", 2)
+        turn("query_key", self.head_dim)
+        turn("value", self.head_dim)
         self.query = activation("rotate_head", "query_key", self.head_dim)
         self.key = activation("rotate_head", "query_key", self.head_dim)
         self.value = activation("rotate_value", "value", self.head_dim)
@@ -135,9 +170,47 @@ class QuantSwinBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.query.observer is not None:
-            return self._observed(x)
+            return self.observed(x)
+        tokens, norm, rotation = _rotated(x, self.norm1, self.q.rotation)
         layers = [linear.layer()._replace(rotation=None) for linear in (self.q, self.k, self.v)]
-        q, k, v = kernels.quant_linears(x, layers, norm=_norm(self.norm1), rotation=self.q.rotation)
+        q, k, v = kernels.quant_linears(tokens, layers, norm=norm, rotation=rotation)
+        y = self._attend(q, k, v)
+        tokens, _, rotation = _rotated(y, None, self.proj.rotation)
+        layer = self.proj.layer()._replace(rotation=rotation)
+        x = kernels.quant_linear(tokens, **layer._asdict(), residual=x)
+        if not self._learns("fc1", "fc2"):
+            layers = self.fc1.layer(), self.fc2.layer()
+            return kernels.quant_mlp(x, *layers, norm=_norm(self.norm2), residual=True)
+        tokens, norm, rotation = _rotated(x, self.norm2, self.fc1.rotation)
+        layer = self.fc1.layer()._replace(rotation=rotation)
+        hidden = kernels.quant_linear(tokens, **layer._asdict(), norm=norm, activation="gelu")
+        tokens, _, rotation = _rotated(hidden, None, self.fc2.rotation)
+        layer = self.fc2.layer()._replace(rotation=rotation)
+        return kernels.quant_linear(tokens, **layer._asdict(), residual=x)
+
+    def _learns(self, *groups: str) -> bool:
+        """Whether gradients of any of these rotations are asked for: no op gives them."""
+        learned = [self.turns[group] for group in groups if group in self.turns]
+        asked = any(p.requires_grad for turn in learned for p in turn.parameters())
+        return asked and torch.is_grad_enabled()
+
+    def _rotations(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of head, value and token, as they are now."""
+        rotations = {"query_key": self.rotate_head, "value": self.rotate_value}
+        for group, turn in self.turns.items():
+            if group in rotations:
+                rotations[group] = rotations[group] @ turn()
+        return rotations["query_key"], rotations["value"], self.rotate_token
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        head, value, token = self._rotations()
+        back = None
+        if self._learns("query_key"):
+            q, k = (_rotate_heads(x, head, self.heads) for x in (q, k))
+            head = None
+        if self._learns("value"):
+            assert value is not None
+            v, back, value = _rotate_heads(v, value, self.heads), value.mT, None
         y = kernels.quant_window_attention(
             q,
             k,
@@ -148,19 +221,17 @@ class QuantSwinBlock(nn.Module):
             window=self.window,
             shift=self.shift,
             scale=self.head_dim**-0.5,
-            head_rotation=self.rotate_head,
-            value_rotation=self.rotate_value,
-            token_rotation=self.rotate_token,
+            head_rotation=head,
+            value_rotation=value,
+            token_rotation=token,
         )
-        x = kernels.quant_linear(y, **self.proj.layer()._asdict(), residual=x)
-        layers = self.fc1.layer(), self.fc2.layer()
-        return kernels.quant_mlp(x, *layers, norm=_norm(self.norm2), residual=True)
+        return _rotate_heads(y, back, self.heads)
 
     def _attention_sites(self) -> tuple[Quantizer, ...]:
         return self.query, self.key, self.value, self.attention
 
-    def _observed(self, x: Tensor) -> Tensor:
-        """The block in pieces, so that every site sees its input."""
+    def observed(self, x: Tensor) -> Tensor:
+        """The block in pieces, so that every site sees its input; one without observer quantizes."""
         tokens = rotate(self.norm1(x), self.q.rotation)
         q, k, v = (linear.observed(tokens) for linear in (self.q, self.k, self.v))
         y = attend(
@@ -173,9 +244,7 @@ class QuantSwinBlock(nn.Module):
             self.window,
             self.shift,
             self.head_dim**-0.5,
-            self.rotate_head,
-            self.rotate_value,
-            self.rotate_token,
+            *self._rotations(),
             quantize=_observe,
             multiply=_multiply_observed,
         )
@@ -186,6 +255,20 @@ class QuantSwinBlock(nn.Module):
 
 def _norm(norm: nn.LayerNorm) -> kernels.LayerNormWeights:
     return kernels.LayerNormWeights(norm.weight, norm.bias, norm.eps)
+
+
+def _rotated(
+    x: Tensor, norm: nn.LayerNorm | None, rotation: Tensor | None
+) -> tuple[Tensor, kernels.LayerNormWeights | None, Tensor | None]:
+    """What an op is given: x, its norm and rotation, or, if that is being learned, the product."""
+    if rotation is not None and rotation.requires_grad:
+        return (x if norm is None else norm(x)) @ rotation, None, None
+    return x, None if norm is None else _norm(norm), rotation
+
+
+def _rotate_heads(x: Tensor, rotation: Tensor | None, heads: int) -> Tensor:
+    """Every head of x (B, H, W, heads * d) times the rotation (d, d)."""
+    return x if rotation is None else rotate(x.unflatten(-1, (heads, -1)), rotation).flatten(-2)
 
 
 def _observe(x: Tensor, rotation: Tensor | None, site: Quantizer) -> Tensor:
