@@ -112,7 +112,8 @@ def _errors(
 
 def _local_errors(site: Quantizer, x: Tensor) -> np.ndarray:
     """Least squared errors (8,) of a tensor at 1 to 8 bits."""
-    rows = x.flatten(1) if site.lower.dim() else x.reshape(1, -1)
+    rows = site.rows(x) if isinstance(site, WeightQuantizer) else x.reshape(1, -1)
+    rows = rows if site.lower.dim() else rows.reshape(1, -1)
     if rows.shape[1] > ENTRIES:
         generator = torch.Generator().manual_seed(0)
         rows = rows[:, torch.randint(rows.shape[1], (ENTRIES,), generator=generator).to(x.device)]

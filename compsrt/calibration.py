@@ -129,7 +129,7 @@ def calibrate(model: nn.Module, pictures: Tensor) -> None:
     with observed((site for _, site in named_quantizers(model)), observer):
         model(pictures)
     if spec.rounding == "output":
-        round_for_outputs(model, pictures, observer)
+        round_for_outputs(model, pictures)
 
 
 def quantize(model: nn.Module, spec: QuantSpec, pictures: Tensor | None = None) -> nn.Module:

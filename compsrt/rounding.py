@@ -1,20 +1,23 @@
 """Weights that are rounded for the least error of their layer's output instead of their own.
 
-A quantized layer sees other inputs than the float one did: rounded, and with the errors of all layers
-before it. With X (rows, K) the float layer's operand and X^ the quantized one's, W^ and a bias are
-chosen to make
+With X^ (N, K) the operand that a quantized layer gets, centred, the output's error is
 
-    |(X^ - mean X^) W^^T  -  (X - mean X) W^T|^2        bias^ = bias + W mean X - W^ mean X^
+    |X^ (W^ - W)^T|^2  =  sum over rows d of W^ - W of  d H d^T        H = X^^T X^
 
-small. First without a grid, which is least squares (kept near W by a ridge); then the bounds of the
-weight are searched anew, and its columns are rounded one after the other, the columns to come taking
-over what each rounding costs: with H = (X^ - mean X^)^T (X^ - mean X^) and U the upper Cholesky
-factor of H^-1, rounding column j by e_j changes the columns k > j by -e_j U_jk / U_jj. Layers are
-treated in the order in which they run, so each makes up for those before it as well. What is left
-behind is a float weight whose nearest codes are the ones found; training goes on from there.
+Columns are rounded one after the other, and those to come take over what each rounding costs: with U
+the upper Cholesky factor of H^-1, rounding column j by e_j changes the columns k > j by
+-e_j U_jk / U_jj. Neighbours that rise and fall together, as pixels under a convolution do, so cancel
+each other's errors. The bias makes up for the mean of what is left, and for the mean of the operand's
+own error. Layers are treated in the order in which they run, each on what those before it, quantized,
+give it. What is left behind is a float weight whose nearest codes are the ones found; training goes
+on from there.
 
-Source of the column rule: GPTQ (Frantar et al., ICLR 2023). The least squares against a float operand
-that differs from the quantized one, and the bias, are this package's.
+On the nano model (8 crops to calibrate, rotated; PSNR of its picture against the float network's, 12
+other crops of 48x48): 4 bits 47.37 -> 47.46 dB, 2 bits 39.71 -> 40.16; 4 bits with 8-bit convolutions
+46.87 -> 47.76, with 6-bit ones 47.68. Choosing W by least squares of X^ W^T against the float layer's
+X W^T first was better at 2 bits (40.48) and worse at 4 (47.10), and is left out.
+
+Source: GPTQ (Frantar et al., ICLR 2023) for the rule; the bias is this package's.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from torch import Tensor, nn
 from .quantization import Quantizer, WeightQuantizer, named_quantizers, observed, round_to_storage
 
 ROWS = 16_384  # of an operand that are looked at: 30 for each column of the widest layer, 540
-RIDGE = 0.01  # of the mean square of a column of X^
+RIDGE = 0.01  # added to H, in parts of its mean diagonal entry
 
 
 class _Enough(Exception):
@@ -36,13 +39,10 @@ class _Enough(Exception):
 
 
 @torch.no_grad()
-def round_for_outputs(
-    model: nn.Module, pictures: Tensor, search: Callable[[Quantizer, Tensor], None]
-) -> None:
+def round_for_outputs(model: nn.Module, pictures: Tensor) -> None:
     """Move the weights and biases of a calibrated model so that their codes serve the outputs.
 
-    pictures: (B, 3, H, W) in [0, 1]. search: sets the bounds of a weight's quantizer for a weight.
-    One forward pass to each group of layers that share their input.
+    pictures: (B, 3, H, W) in [0, 1]. One forward pass to each group of layers that share their input.
     """
     layers = [m for m in model.modules() if isinstance(getattr(m, "weight", None), WeightQuantizer)]
     every = [site for _, site in named_quantizers(model)]
@@ -56,7 +56,7 @@ def round_for_outputs(
     for group in groups:
         operands = _operands(model, pictures, group, activations, lambda site, x: site.quantize(x))
         for layer in group:
-            _fit(layer, targets.pop(layer), operands[layer], search)
+            _fit(layer, targets.pop(layer).double().mean(0), operands[layer].double())
     round_to_storage(model)
 
 
@@ -112,26 +112,19 @@ def _some_rows(x: Tensor) -> Tensor:
     return x[torch.randperm(len(x), generator=generator)[:ROWS].to(x.device)]
 
 
-def _fit(
-    layer: Any, target: Tensor, operand: Tensor, search: Callable[[Quantizer, Tensor], None]
-) -> None:
-    """Set a layer's float weight, its bounds and its bias. target: X; operand: X^; (N, K) each."""
+def _fit(layer: Any, target_mean: Tensor, operand: Tensor) -> None:
+    """Set a layer's float weight and its bias. target_mean: of X, (K,); operand: X^, (N, K)."""
     site: WeightQuantizer = layer.weight
     assert site.rotated is not None
     bias: Tensor | None = layer.bias
     weight = site.rotated.double()
-    x, found = target.double(), operand.double()
-    x_mean, mean = (x.mean(0), found.mean(0)) if bias is not None else (0 * x[0], 0 * x[0])
-    x, found = x - x_mean, found - mean
-    gram = found.mT @ found / len(x)
-    ridge = RIDGE * gram.diagonal().mean().clamp_min(1e-12)
-    gram.diagonal().add_(ridge)
-    moment = found.mT @ (x @ weight.mT) / len(x) + ridge * weight.mT
-    best = torch.linalg.solve(gram, moment).mT
-    search(site, best.to(site.rotated))
-    site.rotated.copy_(_rounded(best, gram, site))
+    mean = operand.mean(0)
+    centred = operand if bias is None else operand - mean
+    gram = centred.mT @ centred / len(operand)
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-12))
+    site.rotated.copy_(_rounded(weight, gram, site))
     if bias is not None:
-        bias.copy_(bias + weight @ x_mean - site().double() @ mean)
+        bias.copy_(bias + weight @ target_mean - site().double() @ mean)
 
 
 def _rounded(weight: Tensor, gram: Tensor, site: WeightQuantizer) -> Tensor:

@@ -39,7 +39,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     from compsrt import float_command, srp_command
-    from compsrt.quantization import METHODS, PRUNING_PATTERNS, STORAGE, TRAINED_KINDS
+    from compsrt.quantization import (
+        METHODS,
+        PRUNING_PATTERNS,
+        ROUNDINGS,
+        STORAGE,
+        TRAINED_KINDS,
+    )
     from compsrt.recipes import RECIPES
     from compsrt.transforms import TRANSFORMS
 
@@ -99,6 +105,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     quantizer.add_argument("--convolution-bits", type=int, metavar="B",
                            help="for the weights of SwinIR's convolutions, whose inputs stay float"
                            " (default: float weights)")  # fmt: skip
+    quantizer.add_argument(
+        "--average-bits", type=float, nargs="+", default=[None], metavar="A",
+        help="bits of every site by what it matters, with this average, instead of --bits; several:"
+        " one run each",
+    )  # fmt: skip
+    quantizer.add_argument("--weight-groups", type=int, metavar="N",
+                           help="a weight scale for each N inputs of an output channel")  # fmt: skip
+    quantizer.add_argument("--rounding", choices=ROUNDINGS, default="nearest",
+                           help="of weights: to the nearest code, or for the least error of the"
+                           " layer's output")  # fmt: skip
     quantizer.add_argument("--codes", choices=("clamped", "unclamped"), default="clamped",
                            help="unclamped is the published arithmetic, for comparison only")  # fmt: skip
     quantizer.add_argument("--per-channel", action="store_true",
@@ -295,17 +311,31 @@ def _specs(options: argparse.Namespace) -> list[Any]:
     shared = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(QuantSpec)
-        if field.name not in ("bits", "method", "pruning", "site_transforms", "site_bits")
+        if hasattr(options, field.name)
+        and field.name not in ("bits", "average_bits", "method", "pruning")
     }
+    # Mixed bits are found on a model of equal bits, the nearest whole number.
+    widths = [(round(a), a) for a in options.average_bits if a is not None]
+    widths = widths or [(bits, None) for bits in options.bits]
     return [
-        QuantSpec(method=method, bits=bits, pruning=share, site_transforms=tuple(sites), **shared)
-        for method, bits, share in itertools.product(options.method, options.bits, options.pruning)
+        QuantSpec(
+            method=method,
+            bits=bits,
+            average_bits=average,
+            pruning=share,
+            site_transforms=tuple(sites),
+            **shared,
+        )
+        for method, (bits, average), share in itertools.product(
+            options.method, widths, options.pruning
+        )
     ]
 
 
 def _name(spec: Any) -> str:
     """Such as compsrt-4bit, compsrt-weights-4bit (trained weights) or compsrt-3bit-pruned40."""
-    name = f"{spec.method}{'-weights' if spec.train_weights else ''}-{spec.bits}bit"
+    width = f"{spec.bits}bit" if spec.average_bits is None else f"{spec.average_bits:g}bit-mixed"
+    name = f"{spec.method}{'-weights' if spec.train_weights else ''}-{width}"
     return name if not spec.pruning else f"{name}-pruned{round(100 * spec.pruning)}"
 
 
