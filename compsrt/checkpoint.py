@@ -417,7 +417,8 @@ def count_levels(model: nn.Module, x: Tensor) -> dict[str, int]:
 
     def quantize_and_count(site: Quantizer, inputs: tuple[Tensor], _: Tensor) -> Tensor:
         output = kernels.fake_quantize(*inputs, *site.grid()[:4], bits=site.bits, codes=site.codes)
-        levels[names[site]] = output.unique().numel()
+        rows = output.movedim(-3, 0) if site.lower.dim() == 3 else [output]  # of every head its own
+        levels[names[site]] = max(row.unique().numel() for row in rows)
         return output
 
     # An observed quantizer is part of no fused product and passes its input on, so the hook sees
