@@ -80,6 +80,8 @@ class _Observer:
             return
         searched = quantizer.searched(x)
         per_row = quantizer.lower.dim() > 0
+        if quantizer.lower.dim() == 3:  # (heads, 1, 1), of x (..., heads, tokens, channels)
+            searched = searched.movedim(-3, 0)
         if isinstance(quantizer, WeightQuantizer) and quantizer.mask is not None:
             if per_row:
                 kept = quantizer.rows(quantizer.mask)

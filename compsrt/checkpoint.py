@@ -432,7 +432,8 @@ def count_levels(model: nn.Module, x: Tensor) -> dict[str, int]:
 
     def quantize_and_count(site: Quantizer, x: Tensor) -> Tensor:
         output = site.quantize(x)
-        levels[names[site]] = output.unique().numel()
+        rows = output.movedim(-3, 0) if site.lower.dim() == 3 else [output]  # of every head its own
+        levels[names[site]] = max(row.unique().numel() for row in rows)
         return output
 
     # An observed quantizer is part of no fused product.

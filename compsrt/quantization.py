@@ -84,7 +84,8 @@ class QuantSpec:
     site_transforms: (pattern, transform) pairs that override it, the pattern matched against a
     group of TRANSFORM_GROUPS or "{block}.{group}". codes: "clamped", or "unclamped" for the
     published arithmetic. pruning: share of the rotated weights set to zero, 0 to 0.99, by
-    pruning_pattern. per_channel: weight scales per output channel. one_sided: whether DOBI may
+    pruning_pattern. per_channel: weight scales per output channel; per_head: four scalars
+    a head at query, key, value and attention. one_sided: whether DOBI may
     choose a one-sided range ("auto", by error, or "never"). percentile: of the method of that
     name, per cent. seed: of the random transform. storage: type of all that stays float.
     convolution_bits: of the weights of SwinIR's convolutions, with a scale for each output channel;
@@ -116,6 +117,7 @@ class QuantSpec:
     rounding: str = _since(2, "nearest")
     average_bits: float | None = _since(2, None)
     weight_groups: int | None = _since(2, None)
+    per_head: bool = _since(2, False)
 
     def __post_init__(self):
         site_bits = tuple((str(pattern), bits) for pattern, bits in self.site_bits)

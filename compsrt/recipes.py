@@ -29,6 +29,8 @@ class Recipe:
     weight_learning_rate: float | None = None
     train_weights: tuple[str, ...] | None = None
     per_channel: bool | None = None
+    per_head: bool | None = None
+    transform: str | None = None
     feature_weight: float | None = None
     picture_weight: float | None = None
     average: float | None = None

@@ -119,6 +119,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
                            help="unclamped is the published arithmetic, for comparison only")  # fmt: skip
     quantizer.add_argument("--per-channel", action="store_true",
                            help="weight scales per output channel")  # fmt: skip
+    quantizer.add_argument("--per-head", action="store_true",
+                           help="scalars per head at query, key, value and attention")  # fmt: skip
     quantizer.add_argument("--one-sided", choices=("auto", "never"), default="auto",
                            help="whether DOBI may choose a one-sided range")  # fmt: skip
     quantizer.add_argument(

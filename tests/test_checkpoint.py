@@ -96,6 +96,7 @@ specs = st.builds(
     site_transforms=st.sampled_from([(), (("fc2", "none"), ("*.1.q*", "dct"))]),
     pruning=st.sampled_from([0.0, 0.4, 0.99]),
     per_channel=st.booleans(),
+    per_head=st.booleans(),
     storage=st.sampled_from(["float16", "float32"]),
     convolution_bits=st.none() | st.integers(1, 8),
     site_bits=st.lists(st.tuples(st.sampled_from(PATTERNS), st.integers(1, 8)), max_size=3),
@@ -106,6 +107,7 @@ pruned_2_of_4 = st.builds(
     pruning=st.just(0.5),
     pruning_pattern=st.just("2:4"),
     per_channel=st.booleans(),
+    per_head=st.booleans(),
 )
 
 
@@ -476,9 +478,10 @@ def test_the_float_model_is_reported_as_float(tmp_path):
     assert size_report(float_model())["ratio"] is None
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
-def test_levels_are_counted_at_every_site(per_channel):
-    model = quantized(QuantSpec(bits=2, pruning=0.4, per_channel=per_channel)).double()
+@pytest.mark.parametrize("finer", [False, True])
+def test_levels_are_counted_at_every_site(finer):
+    """Per output channel of a weight and per head where these have scalars of their own."""
+    model = quantized(QuantSpec(bits=2, pruning=0.4, per_channel=finer, per_head=finer)).double()
     x = torch.rand(1, 3, 12, 12).double()
     outputs = []
     model.register_forward_hook(lambda module, inputs, output: outputs.append(output))

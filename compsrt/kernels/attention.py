@@ -700,11 +700,8 @@ _quant_window_attention.register_autograd(_differentiate, setup_context=_setup_c
 
 
 def _quantize_tensor(x: Tensor, rotation: Tensor | None, grid: Grid) -> Tensor:
-    if grid.lower.numel() > 1:  # of x (..., heads, M, K)
-        x = (x if rotation is None else x @ rotation).movedim(-3, 0)
-        rows = (-1, *[1] * (x.dim() - 1))
-        scalars = (s if s is None else s.view(rows) for s in grid[:4])
-        return fake_quantize(x, *scalars, bits=grid.bits, codes=grid.codes).movedim(0, -3)
+    if rotation is not None and grid.lower.numel() > 1:
+        x, rotation = x @ rotation, None
     if rotation is None:
         return fake_quantize(x, *grid[:4], bits=grid.bits, codes=grid.codes)
     return hadamard_fake_quantize(x, rotation, [grid])[0]

@@ -147,7 +147,9 @@ class QuantSwinBlock(nn.Module):
             padded = matrix is not None and matrix.shape[0] != matrix.shape[1]
             matrix = None if matrix is None else matrix.to(first).contiguous()
             self.register_buffer(key, matrix, persistent=False)
-            return Quantizer(spec.bits_of_activations, spec, searched=size if padded else None)
+            shape = (self.heads, 1, 1) if spec.per_head else ()
+            searched = size if padded else None
+            return Quantizer(spec.bits_of_activations, spec, shape, searched)
 
         self.norm1 = block.norm1
         self.q = linear(attention.qkv, "qkv", 0)
