@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
 from . import kernels, models
+from .allocation import allocate
 from .kernels.reference import sort_rows
 from .pruning import prune
 from .quantization import (
@@ -14,8 +17,11 @@ from .quantization import (
     QuantSpec,
     WeightQuantizer,
     named_quantizers,
+    observed,
     quant_spec,
 )
+from .rounding import round_for_outputs
+from .transform_search import choose_transforms
 
 CALIBRATIONS = ("minmax", "percentile", "dobi")
 
@@ -74,9 +80,11 @@ class _Observer:
             return
         searched = quantizer.searched(x)
         per_row = quantizer.lower.dim() > 0
+        if quantizer.lower.dim() == 3:  # (heads, 1, 1), of x (..., heads, tokens, channels)
+            searched = searched.movedim(-3, 0)
         if isinstance(quantizer, WeightQuantizer) and quantizer.mask is not None:
             if per_row:
-                kept = quantizer.mask
+                kept = quantizer.rows(quantizer.mask)
                 # A pruned weight is no level of its row: replace it by one that is kept.
                 some = searched.gather(1, kept.int().argmax(1, keepdim=True))
                 searched = torch.where(kept, searched, some)
@@ -120,14 +128,10 @@ def calibrate(model: nn.Module, pictures: Tensor) -> None:
     if spec is None:
         raise ValueError("model: it is a float model; compsrt.quantize makes a quantized one of it")
     observer = _Observer(spec)
-    sites = [quantizer for _, quantizer in named_quantizers(model)]
-    try:
-        for quantizer in sites:
-            quantizer.observer = observer
+    with observed((site for _, site in named_quantizers(model)), observer):
         model(pictures)
-    finally:
-        for quantizer in sites:
-            quantizer.observer = None
+    if spec.rounding == "output":
+        round_for_outputs(model, pictures)
 
 
 def quantize(model: nn.Module, spec: QuantSpec, pictures: Tensor | None = None) -> nn.Module:
@@ -136,6 +140,21 @@ def quantize(model: nn.Module, spec: QuantSpec, pictures: Tensor | None = None) 
     pictures: (B, 3, H, W) in [0, 1], the calibration set; without it, call `calibrate` before use
     (until then every output is NaN). The public name of this is `compsrt.quantize`.
     """
+    # What is searched first is searched on the plain form: equal bits, nearest codes.
+    plain = {"average_bits": None, "rounding": "nearest"}
+    if spec.transform == "auto":
+        if pictures is None:
+            raise ValueError('transform: "auto" is chosen on pictures; give a calibration set')
+
+        def trial(candidate: QuantSpec) -> nn.Module:
+            return quantize(model, dataclasses.replace(candidate, **plain), pictures)
+
+        spec = choose_transforms(trial, model, spec, pictures)
+    if spec.average_bits is not None and not spec.site_bits:
+        if pictures is None:
+            raise ValueError("average_bits: it needs pictures to tell which sites matter")
+        equal = dataclasses.replace(spec, **plain)
+        spec = allocate(quantize(model, equal, pictures), spec, pictures)
     quantized = models.quantized(model, spec)
     if spec.pruning:
         prune(quantized, spec.pruning, spec.pruning_pattern)

@@ -1,11 +1,14 @@
 """Files of models: the packed file of a quantized model, and float state dicts of any origin.
 
-A packed file is a safetensors file of at most four flat tensors, because every named tensor costs
+A packed file is a safetensors file of at most five flat tensors, because every named tensor costs
 header bytes, and names and shapes follow from the architecture:
 
-    codes    uint8      codes of the rotated weights (kernels/packing.py), pruned ones left out
-    mask     uint8      one bit a weight, 1 where it is kept; only in a pruned model
+    codes    uint8      codes of the quantized weights (kernels/packing.py), pruned ones left out,
+                        each site's in as many bits as the spec gives it
+    mask     uint8      one bit a weight that can be pruned, 1 where it is kept; only in a pruned model
     scalars  float32    of every quantizer those that it stores: lower, upper, alpha and beta
+    scales   spec.storage    step and zero point of weights with more than one scale, where these were
+                             made compact (`compact_scales`) and are not among the scalars
     floats   spec.storage    everything else: biases, norms, convolutions, position biases
 
 each in the order in which `named_quantizers` and `stored_as_float` name its parts. Unstructured
@@ -13,7 +16,8 @@ pruning of a share p of b-bit weights so takes b (1 - p) + 1 bits a weight. One 
 `compsrt`, holds all the rest as JSON: format version, architecture, spec, calibration, source,
 results, and a checksum: the SHA-256 of the whole file with its own 64 digits taken as zeros. So not
 one byte can change, in header, metadata or data, without `load` noticing. The same model gives the
-same bytes.
+same bytes. The format is 1 unless the spec says something that came later (`QuantSpec.file_format`):
+what could be said in format 1 is written byte for byte as then.
 
 What is packed gives the same output bit for bit after loading, so what cannot be stored without a
 change is refused instead of rounded.
@@ -37,20 +41,22 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import kernels, models
+from . import models
 from .files import atomic_write
-from .kernels.packing import pack_codes, pack_mask, unpack_codes, unpack_mask
+from .kernels.packing import pack_mask, pack_parts, unpack_mask, unpack_parts
 from .quantization import (
     STORAGE,
     Quantizer,
     QuantSpec,
     WeightQuantizer,
+    fine_sites,
     named_quantizers,
+    observed,
     quant_spec,
     stored_as_float,
 )
 
-FORMAT = 1
+FORMAT = 2  # the newest that is read; 1 lacks the bits of single sites and of convolutions
 _METADATA_KEY = "compsrt"
 _BLANK = "0" * 64  # what the checksum is taken as while it is computed
 _STATE_KEYS = ("params_ema", "params", "state_dict")
@@ -207,15 +213,16 @@ def save_packed(
             " they are for comparison only"
         )
     weights = _weight_quantizers(model)
-    integers = torch.cat([weight.to_integers().flatten() for weight in weights.values()]).cpu()
+    kept = [_kept(weight) for weight in weights.values()]
+    scalars: list[Tensor] = []
+    scales: list[Tensor] = []
+    for site, quantizer in _calibrated_quantizers(model):
+        dtype = quantizer.scale_type
+        for name in quantizer.stored:
+            found = _exactly(f"{site}.{name}", getattr(quantizer, name), dtype or torch.float32)
+            (scalars if dtype is None else scales).append(found)
     tensors = {
-        "scalars": torch.cat(
-            [
-                _exactly(f"{site}.{name}", getattr(quantizer, name), torch.float32)
-                for site, quantizer in _calibrated_quantizers(model)
-                for name in quantizer.stored
-            ]
-        ),
+        "scalars": torch.cat(scalars),
         "floats": torch.cat(
             [
                 _exactly(name, tensor, STORAGE[spec.storage])
@@ -223,16 +230,20 @@ def save_packed(
             ]
         ),
     }
+    if scales:
+        tensors["scales"] = torch.cat(scales)
     if any(weight.mask is not None for weight in weights.values()):
-        kept = torch.cat([_kept(weight).flatten() for weight in weights.values()]).cpu()
-        tensors["mask"] = pack_mask(kept)
-        integers = integers[kept]
-    tensors["codes"] = pack_codes(integers, spec.bits_of_weights)
+        masks = zip(kept, weights.values(), strict=True)
+        tensors["mask"] = pack_mask(torch.cat([m.flatten() for m, w in masks if w.prunable]).cpu())
+    tensors["codes"] = pack_parts(
+        (weight.to_integers()[mask].cpu(), weight.bits)
+        for weight, mask in zip(weights.values(), kept, strict=True)
+    )
     records = {"calibration": calibration, "source": source, "results": results}
     card: dict[str, Any] = getattr(model, "card", {})
     card = card if "spec" in card else {}  # what is known of the float model is not about this one
     metadata = {
-        "format": FORMAT,
+        "format": 2 if scales else spec.file_format,
         "architecture": models.describe(model),
         "spec": spec.to_json(),
         **{key: card.get(key) if value is None else value for key, value in records.items()},
@@ -264,7 +275,7 @@ def save_float(
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name}: it holds values that are not finite as {dtype}")
     kept: dict[str, Any] = getattr(model, "card", {}) if card is None else card
-    atomic_write(Path(path), _sealed(tensors, {"format": FORMAT, "card": kept}))
+    atomic_write(Path(path), _sealed(tensors, {"format": 1, "card": kept}))
 
 
 def _sealed(tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
@@ -298,28 +309,38 @@ def _unpack(tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> nn.Module
         model = models.quantized(models.from_description(card["architecture"]), spec)
     sites = dict(named_quantizers(model))
     weights = _weight_quantizers(model)
-    count = sum(weight.size.numel() for weight in weights.values())
-    integers = torch.zeros(count, dtype=torch.uint8)
-    kept = torch.ones(count, dtype=torch.bool)
     if "mask" in tensors:
-        kept = unpack_mask(tensors["mask"], count)
-    integers[kept] = unpack_codes(tensors["codes"], spec.bits_of_weights, int(kept.sum()))
+        prunable = [weight for weight in weights.values() if weight.prunable]
+        sizes = [weight.size for weight in prunable]
+        masks = unpack_mask(tensors["mask"], sum(size.numel() for size in sizes))
+        for weight, mask in zip(prunable, _split(masks, sizes), strict=True):
+            weight.mask = mask.clone()
+    kept = [_kept(weight) for weight in weights.values()]
+    parts = [(int(m.sum()), w.bits) for m, w in zip(kept, weights.values(), strict=True)]
+    codes = unpack_parts(tensors["codes"], parts)
+    compact = fine_sites(model) if "scales" in tensors else []
+    for site in compact:
+        site.set_compact(STORAGE[spec.storage])
     scalars = [
-        getattr(quantizer, name) for quantizer in sites.values() for name in quantizer.stored
+        getattr(site, name)
+        for site in sites.values()
+        if site not in compact
+        for name in site.stored
     ]
+    scales = [getattr(site, name) for site in compact for name in site.stored]
     floats = list(stored_as_float(model).values())
     with torch.no_grad():
-        for targets, stored in ((scalars, tensors["scalars"]), (floats, tensors["floats"])):
+        for targets, key in ((scalars, "scalars"), (scales, "scales"), (floats, "floats")):
+            stored = tensors.get(key, torch.empty(0))
             shapes = [target.shape for target in targets]
             for target, values in zip(targets, _split(stored, shapes), strict=True):
                 target.copy_(values)
     for quantizer in sites.values():
         quantizer.restore()
-    sizes = [weight.size for weight in weights.values()]
-    parts = zip(weights.values(), _split(integers, sizes), _split(kept, sizes), strict=True)
-    for weight, codes, mask in parts:
-        weight.mask = mask.clone() if "mask" in tensors else None
-        weight.freeze(codes.clone())
+    for weight, mask, values in zip(weights.values(), kept, codes, strict=True):
+        integers = torch.zeros(mask.shape, dtype=torch.uint8)
+        integers[mask] = values
+        weight.freeze(integers)
     return model
 
 
@@ -360,9 +381,10 @@ def _kept(weight: WeightQuantizer) -> Tensor:
 def size_report(model: nn.Module, path: StrPath | None = None) -> dict[str, Any]:
     """What a model and its file (None: it has none yet) take, counted and not claimed.
 
-    Returns weights: the number of weights that are quantized, or would be, pruned ones included;
-    bits_per_weight: bits of their codes, mask and scales over that number; levels: the most
-    distinct values of kept weights in one tensor, or one row of it where scales are per channel
+    Returns weights: the number of weights that are quantized, or would be, pruned ones included (of
+    SwinIR those of linear layers, as in papers: what its convolutions take shows in the file's
+    bytes); bits_per_weight: bits of their codes, mask and scales over that number; levels: the most
+    distinct values of kept weights in one tensor, or one row or group of it where scales are finer
     (None for a float model); float_file_bytes: 4 bytes a parameter of the float network;
     file_bytes and ratio (float_file_bytes over file_bytes), None without a file. With unclamped
     codes a weight takes log2 of its tensor's levels, whatever spec.bits says.
@@ -371,7 +393,7 @@ def size_report(model: nn.Module, path: StrPath | None = None) -> dict[str, Any]
         network = models.from_description(models.describe(model))
     weights = sum(weight.numel() for weight in models.quantizable_weights(network))
     float_bytes = 4 * sum(parameter.numel() for parameter in network.parameters())
-    sites = _weight_quantizers(model).values()
+    sites = [site for site in _weight_quantizers(model).values() if site.prunable]
     levels = [_weight_levels(site) for site in sites]
     if sites:
         bits = sum(_bits(site, count) for site, count in zip(sites, levels, strict=True)) / weights
@@ -395,13 +417,13 @@ def _bits(site: WeightQuantizer, levels: int) -> float:
     """Bits that one weight takes in the file."""
     kept = int(_kept(site).sum())
     width = site.bits if site.codes == "clamped" else math.log2(levels)
-    scalars = 32 * len(site.stored) * site.lower.numel()
+    scalars = 8 * (site.scale_type or torch.float32).itemsize * len(site.stored)
     mask = 0 if site.mask is None else site.size.numel()
-    return kept * width + mask + scalars
+    return kept * width + mask + scalars * site.lower.numel()
 
 
 def _weight_levels(site: WeightQuantizer) -> int:
-    values, kept = site(), _kept(site)
+    values, kept = site.rows(site()), site.rows(_kept(site))
     rows = zip(values, kept, strict=True) if site.lower.dim() else [(values, kept)]
     return max(row[mask].unique().numel() for row, mask in rows)
 
@@ -416,24 +438,13 @@ def count_levels(model: nn.Module, x: Tensor) -> dict[str, int]:
     levels = {name: _weight_levels(site) for name, site in _weight_quantizers(model).items()}
     names = {site: name for name, site in named_quantizers(model) if name not in levels}
 
-    def quantize_and_count(site: Quantizer, inputs: tuple[Tensor], _: Tensor) -> Tensor:
-        output = kernels.fake_quantize(*inputs, *site.grid()[:4], bits=site.bits, codes=site.codes)
-        levels[names[site]] = output.unique().numel()
+    def quantize_and_count(site: Quantizer, x: Tensor) -> Tensor:
+        output = site.quantize(x)
+        rows = output.movedim(-3, 0) if site.lower.dim() == 3 else [output]  # of every head its own
+        levels[names[site]] = max(row.unique().numel() for row in rows)
         return output
 
-    # An observed quantizer is part of no fused product and passes its input on, so the hook sees
-    # what arrives there and can hand on the quantized tensor in its place.
-    hooks = [site.register_forward_hook(quantize_and_count) for site in names]
-    for site in names:
-        site.observer = _look_away
-    try:
+    # An observed quantizer is part of no fused product.
+    with observed(names, quantize_and_count):
         model(x)
-    finally:
-        for site, hook in zip(names, hooks, strict=True):
-            site.observer = None
-            hook.remove()
     return levels
-
-
-def _look_away(quantizer: Quantizer, x: Tensor) -> None:
-    return None

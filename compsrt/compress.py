@@ -16,7 +16,7 @@ from .data import PatchSampler
 from .distillation import Distillation
 from .distributed import Ranks
 from .quant_training import QuantTraining
-from .quantization import METHODS, QuantSpec, round_to_storage
+from .quantization import METHODS, QuantSpec, compact_scales, round_to_storage
 from .trainer import Schedule, Trainer, Validation
 
 CALIBRATION_STEP = 1 << 40  # a step that no training reaches: its crops are the calibration set
@@ -50,7 +50,9 @@ def compress(
     schedule: Schedule,
     validation: Validation | None = None,
     feature_weight: float = 1.0,
+    picture_weight: float = 0.0,
     weight_rate: float = 1 / 30,
+    average: float = 0.998,
     folder: Path | None = None,
     settings: dict[str, Any] | None = None,
     resume: bool = False,
@@ -63,16 +65,26 @@ def compress(
     not fit their bits) and its state.pt what an interrupted distillation goes on from; after an
     interruption the packed model is the best one so far and the report says interrupted. Of the
     models on the way, the start included, the one with the best validation PSNR is kept.
-    feature_weight is of distillation, weight_rate of methods that train weights (`QuantTraining`).
+    feature_weight and picture_weight are of distillation (`Distillation`), weight_rate and average
+    of runs that train more than scalars (`QuantTraining`).
     """
     began = time.perf_counter()
     quantized = quantize(model, spec, calibration.pictures())
     report: dict[str, Any] = {"steps": 0, "interrupted": False}
-    if METHODS[spec.method].learn and schedule.steps:
+    method = METHODS[spec.method]
+    if (method.learn or spec.train_weights) and schedule.steps:
+        more = method.weights or spec.train_weights
+        rates = {"weight_rate": weight_rate, "average": average if more else 0.0}
         objective = (
-            QuantTraining(quantized, weight_rate=weight_rate)
-            if METHODS[spec.method].weights
-            else Distillation(quantized, model, feature_weight=feature_weight)
+            QuantTraining(quantized, **rates)
+            if method.weights
+            else Distillation(
+                quantized,
+                model,
+                feature_weight=feature_weight,
+                picture_weight=picture_weight,
+                **rates,
+            )
         )
         trainer = Trainer(
             objective,
@@ -92,8 +104,15 @@ def compress(
         quantized = objective.model
         round_to_storage(quantized)
         report |= {"steps": trainer.step, "interrupted": trainer.interrupted}
+        report["training"] = (
+            "QAT" if method.weights else "QAT by distillation" if more else "distillation"
+        )
+        report["crops"] = trainer.step * schedule.batch * trainer.ranks.world
+        report["pictures"] = len(calibration.sampler)
         if trainer.best is not None:
             report |= {"validation_psnr": trainer.best[0], "best_step": trainer.best[1]}
+    if spec.codes == "clamped":
+        compact_scales(quantized)
     report["seconds"] = time.perf_counter() - began
     if folder is not None and spec.codes == "clamped" and (ranks is None or ranks.is_main):
         checkpoint.save_packed(

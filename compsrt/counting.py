@@ -180,7 +180,8 @@ def _quantized_bits(model: nn.Module) -> Iterator[tuple[str, int]]:
     """Bits of codes, masks and scalars of every quantizer."""
     for name, quantizer in named_quantizers(model):
         stored = getattr(quantizer, "stored", SCALARS)
-        bits = sum(32 * getattr(quantizer, scalar).numel() for scalar in stored)
+        each = 8 * (quantizer.scale_type or torch.float32).itemsize
+        bits = sum(each * getattr(quantizer, scalar).numel() for scalar in stored)
         if isinstance(quantizer, WeightQuantizer):
             mask = quantizer.mask
             kept = quantizer.size.numel() if mask is None else int(mask.sum())

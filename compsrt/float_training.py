@@ -22,15 +22,17 @@ from .trainer import Schedule, Trainer, Validation
 class AveragedTraining:
     """What objectives share that keep the moving average of a network's parameters.
 
-    average: decay of that average a step (it starts slower, as (1 + n)/(10 + n)). `pair` gives
-    what is compared: luma alone where the network knows nothing else.
+    average: decay of that average a step (it starts slower, as (1 + n)/(10 + n)); 0 keeps the
+    network itself. `pair` gives what is compared: luma alone where the network knows nothing else.
     """
 
     optimizer: torch.optim.Optimizer
 
     def __init__(self, network: nn.Module, average: float):
         self.network, self.decay, self.updates = network, average, 0
-        self.averaged = copy.deepcopy(network).eval().requires_grad_(False)
+        self.averaged = network
+        if average:
+            self.averaged = copy.deepcopy(network).eval().requires_grad_(False)
         self.luma_only = getattr(network, "luma_only", False)
 
     @property
@@ -44,6 +46,8 @@ class AveragedTraining:
     def follow(self) -> None:
         """Move the average, after an update."""
         self.updates += 1
+        if self.averaged is self.network:
+            return
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         averaged = tuple(self.averaged.parameters())
         torch._foreach_lerp_(averaged, tuple(self.network.parameters()), 1 - decay)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,9 @@ from .transforms import TRANSFORMS
 TRANSFORM_GROUPS = ("qkv", "query_key", "value", "attention", "proj", "fc1", "fc2")
 PRUNING_PATTERNS = ("unstructured", "2:4")
 SCALARS = ("lower", "upper", "alpha", "beta")
+_OPTIONAL_BITS = ("weight_bits", "activation_bits", "convolution_bits")
+TRAINED_KINDS = ("weights", "biases", "norms", "tables", "convolutions")
+ROUNDINGS = ("nearest", "output")
 STORAGE = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -64,18 +69,32 @@ def _one_of(argument: str, value: str, known) -> None:
         raise ValueError(f"{argument}: {value!r} is unknown; one of {', '.join(known)}")
 
 
+def _since(file_format: int, default: Any) -> Any:
+    """A field that files know from this format on; one of an older format lacks it."""
+    return dataclasses.field(default=default, metadata={"format": file_format})
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
     """All choices of a quantized model, stored in its file.
 
     bits: 1 to 8, for weights and activations unless weight_bits or activation_bits say otherwise.
-    method: one of METHODS. transform: one of TRANSFORMS, or None for the method's own;
+    method: one of METHODS. transform: one of TRANSFORMS, or None for the method's own, or "auto":
+    calibration chooses for every block and group (and puts its choice in this place);
     site_transforms: (pattern, transform) pairs that override it, the pattern matched against a
     group of TRANSFORM_GROUPS or "{block}.{group}". codes: "clamped", or "unclamped" for the
     published arithmetic. pruning: share of the rotated weights set to zero, 0 to 0.99, by
-    pruning_pattern. per_channel: weight scales per output channel. one_sided: whether DOBI may
+    pruning_pattern. per_channel: weight scales per output channel; per_head: four scalars
+    a head at query, key, value and attention. one_sided: whether DOBI may
     choose a one-sided range ("auto", by error, or "never"). percentile: of the method of that
     name, per cent. seed: of the random transform. storage: type of all that stays float.
+    convolution_bits: of the weights of SwinIR's convolutions, with a scale for each output channel;
+    None leaves them float. site_bits: (pattern, bits) pairs for sites by name, the last that matches.
+    train_weights: which of TRAINED_KINDS are trained beside the scalars. rounding: of weights in
+    calibration, "nearest" or for the least error of their layers' "output" (rounding.py).
+    average_bits: 1 to 8; calibration finds the site_bits with this average (allocation.py).
+    weight_groups: weights of a row that share a scale (a divisor of every row's length), instead of
+    all of the tensor, or of the row with per_channel.
     """
 
     bits: int = 4
@@ -92,24 +111,45 @@ class QuantSpec:
     percentile: float = 99.9
     seed: int = 0
     storage: str = "float16"
+    convolution_bits: int | None = _since(2, None)
+    site_bits: tuple[tuple[str, int], ...] = _since(2, ())
+    train_weights: tuple[str, ...] = _since(2, ())
+    rounding: str = _since(2, "nearest")
+    average_bits: float | None = _since(2, None)
+    weight_groups: int | None = _since(2, None)
+    per_head: bool = _since(2, False)
 
     def __post_init__(self):
-        for name in ("bits", "weight_bits", "activation_bits"):
-            value = getattr(self, name)
-            if value is None and name != "bits":
+        site_bits = tuple((str(pattern), bits) for pattern, bits in self.site_bits)
+        object.__setattr__(self, "site_bits", site_bits)
+        widths = {name: getattr(self, name) for name in ("bits", *_OPTIONAL_BITS)}
+        widths |= {f"site_bits: {pattern}": bits for pattern, bits in site_bits}
+        for name, value in widths.items():
+            if value is None and name in _OPTIONAL_BITS:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 8:
                 raise ValueError(f"{name}: {value!r} is not a whole number from 1 to 8")
+        groups = self.weight_groups
+        if groups is not None and (
+            isinstance(groups, bool) or not isinstance(groups, int) or groups < 1
+        ):
+            raise ValueError(f"weight_groups: {groups!r} is not a whole number of at least 1")
+        if self.average_bits is not None and not 1 <= self.average_bits <= 8:
+            raise ValueError(f"average_bits: {self.average_bits} is not between 1 and 8")
         _one_of("method", self.method, METHODS)
         if self.transform is not None:
-            _one_of("transform", self.transform, TRANSFORMS)
+            _one_of("transform", self.transform, (*TRANSFORMS, "auto"))
         object.__setattr__(
             self, "site_transforms", tuple((str(p), str(t)) for p, t in self.site_transforms)
         )
         for _, transform in self.site_transforms:
             _one_of("transform", transform, TRANSFORMS)
+        object.__setattr__(self, "train_weights", tuple(self.train_weights))
+        for kind in self.train_weights:
+            _one_of("train_weights", kind, TRAINED_KINDS)
         _one_of("codes", self.codes, ("clamped", "unclamped"))
         _one_of("one_sided", self.one_sided, ("auto", "never"))
+        _one_of("rounding", self.rounding, ROUNDINGS)
         _one_of("storage", self.storage, STORAGE)
         _one_of("pruning_pattern", self.pruning_pattern, PRUNING_PATTERNS)
         if not 0 <= self.pruning <= 0.99:
@@ -136,8 +176,30 @@ class QuantSpec:
                 return transform
         return METHODS[self.method].transform if self.transform is None else self.transform
 
+    def bits_of(self, site: str, bits: int) -> int:
+        """The bits of a site by its name: of the last pattern that matches, else the given ones."""
+        for pattern, chosen in reversed(self.site_bits):
+            if fnmatch.fnmatchcase(site, pattern):
+                return chosen
+        return bits
+
+    def _changed(self, field: dataclasses.Field) -> bool:
+        return getattr(self, field.name) != field.default
+
+    @property
+    def file_format(self) -> int:
+        """The oldest format of packed files that can say all this."""
+        fields = dataclasses.fields(self)
+        return max(
+            f.metadata.get("format", 1) for f in fields if f.name == "bits" or self._changed(f)
+        )
+
     def to_json(self) -> dict:
-        return dataclasses.asdict(self)
+        """What files hold: all fields of the first format, and of the later ones those that are set."""
+        later = {f.name for f in dataclasses.fields(self) if "format" in f.metadata}
+        unset = {f.name for f in dataclasses.fields(self) if not self._changed(f)}
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if name not in later & unset}
 
     @classmethod
     def from_json(cls, fields: dict) -> QuantSpec:
@@ -157,8 +219,8 @@ class Quantizer(nn.Module):
     """One quantization site: four scalars (or one each per channel) and the rule that applies them.
 
     Until `set_bounds` or a loaded state the bounds are NaN, and so is every output. While
-    `observer` is set, the quantizer passes its input to it and returns it unchanged, so one
-    forward pass of the model shows every site its float input.
+    `observer` is set, the quantizer passes its input to it and returns what it gives back, or for
+    None its input unchanged, so one forward pass of the model shows every site its float input.
     """
 
     lower: nn.Parameter
@@ -166,6 +228,8 @@ class Quantizer(nn.Module):
     alpha: nn.Parameter
     beta: nn.Parameter
     stored: tuple[str, ...] = SCALARS  # those that the others follow from, in a packed file
+    scale_type: torch.dtype | None = None  # what compact scales are stored in; None: not compact
+    products = 0  # multiplications that each of its values enters; 0: not part of a budget
 
     def __init__(
         self, bits: int, spec: QuantSpec, shape: tuple[int, ...] = (), searched: int | None = None
@@ -175,12 +239,13 @@ class Quantizer(nn.Module):
         self.bits, self.codes, self.moving_clip = bits, spec.codes, method.moving_clip
         self.searched_size = searched
         self.site = ""  # its name in the model, for error messages
-        self.observer: Callable[[Quantizer, Tensor], None] | None = None
+        self.observer: Callable[[Quantizer, Tensor], Tensor | None] | None = None
         for name in SCALARS:
             start = (
                 torch.zeros(shape) if name in ("alpha", "beta") else torch.full(shape, torch.nan)
             )
-            self.register_parameter(name, nn.Parameter(start, requires_grad=name in method.learn))
+            learned = name in method.learn and name in self.stored
+            self.register_parameter(name, nn.Parameter(start, requires_grad=learned))
 
     @property
     def calibrated(self) -> bool:
@@ -239,11 +304,14 @@ class Quantizer(nn.Module):
         self.alpha.clamp_(-7 / 8 * step, 7 * step)
         self.beta.clamp_(-half, half)
 
+    def quantize(self, x: Tensor) -> Tensor:
+        return kernels.fake_quantize(x, *self.grid()[:4], bits=self.bits, codes=self.codes)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
-            self.observer(self, x)
-            return x
-        return kernels.fake_quantize(x, *self.grid()[:4], bits=self.bits, codes=self.codes)
+            replaced = self.observer(self, x)
+            return x if replaced is None else replaced
+        return self.quantize(x)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, codes={self.codes}, shape={tuple(self.lower.shape)}"
@@ -253,16 +321,31 @@ class WeightQuantizer(Quantizer):
     """A quantizer and the rotated weight (C_out, order) it belongs to.
 
     Holds either the rotated float weight, or, packed, its codes (uint8) alone. mask (C_out,
-    order) is False where a weight is pruned: such a weight contributes exactly 0.
+    order) is False where a weight is pruned: such a weight contributes exactly 0. turn: where the
+    rotation is learned, what it has become beyond the one that `rotated` is in.
     """
+
+    turn: Callable[[], Tensor] | None
 
     rotated: Tensor | None
     integers: Tensor | None
     mask: Tensor | None
+    prunable = True
+    compact_form: tuple[str, ...] = ("lower", "alpha")  # what is stored of compact scales
 
     def __init__(self, rotated: Tensor, bits: int, spec: QuantSpec, searched_rows: int | None):
-        super().__init__(bits, spec, (rotated.shape[0], 1) if spec.per_channel else ())
+        fine = spec.per_channel or spec.weight_groups is not None
+        self.group = (spec.weight_groups or rotated.shape[1]) if fine else None
+        if fine and rotated.shape[1] % (self.group or 1):
+            raise ValueError(
+                f"weight_groups: {spec.weight_groups} does not divide the {rotated.shape[1]} weights"
+                " of a row; use a divisor of all layers' rows, or per_channel"
+            )
+        super().__init__(
+            bits, spec, () if self.group is None else (rotated.numel() // self.group, 1)
+        )
         self.searched_rows = searched_rows
+        object.__setattr__(self, "turn", None)  # shared, and so no module of this one
         self.register_buffer("rotated", rotated)
         self.register_buffer("mask", None)
         self.register_buffer("integers", None)
@@ -270,18 +353,28 @@ class WeightQuantizer(Quantizer):
     @property
     def size(self) -> torch.Size:
         """(C_out, order)"""
-        return self._held.shape
-
-    @property
-    def _held(self) -> Tensor:
         held = self.rotated if self.integers is None else self.integers
         assert held is not None
-        return held
+        return held.shape
+
+    @property
+    def held(self) -> Tensor:
+        """The rotated float weight, or its codes."""
+        held = self.rotated if self.integers is None else self.integers
+        assert held is not None
+        return held if self.turn is None or held is self.integers else held @ self.turn()
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x of the weight's shape with one row for each scale: (C_out groups, order / groups)."""
+        return x if self.group is None else x.reshape(-1, self.group)
 
     def searched(self, x: Tensor) -> Tensor:
-        if self.searched_rows is not None and self.lower.dim() == 0:
+        if self.searched_rows is not None and self.group is None:
             return F.pad(x, (0, 0, 0, self.searched_rows - x.shape[0]))
-        return x
+        return self.rows(x)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return super().quantize(self.rows(x)).view(x.shape)
 
     @torch.no_grad()
     def to_integers(self) -> Tensor:
@@ -290,20 +383,64 @@ class WeightQuantizer(Quantizer):
             return self.integers
         if self.codes != "clamped":
             raise ValueError("codes: unclamped codes need not fit 8 bits; they have no packed form")
-        grid = self.grid()
-        integers = kernels.quantize_codes(self._held, *grid[:4], bits=self.bits, codes=self.codes)
+        grid, held = self.grid(), self.held
+        integers = kernels.quantize_codes(
+            self.rows(held), *grid[:4], bits=self.bits, codes=self.codes
+        ).view(held.shape)
         return (integers if self.mask is None else integers * self.mask).to(torch.uint8)
 
     def train_weight(self) -> None:
         """Make the rotated float weight a parameter: gradients go straight through the rounding."""
         if not isinstance(self.rotated, nn.Parameter):
-            rotated = self._held
-            if self.integers is not None:
+            rotated = self.rotated
+            if rotated is None:
                 raise ValueError(
                     f"{self.site}: a packed weight cannot be trained; start from the float one"
                 )
             del self.rotated
             self.rotated = nn.Parameter(rotated)
+
+    def quantize_column(self, column: Tensor, j: int) -> Tensor:
+        """The quantized form of values (C_out,) of column j of the weight."""
+        grid = self.grid()
+        scalars = grid[:4]
+        if self.group is not None:
+            at = slice(j // self.group, None, self.size[1] // self.group)
+            scalars = [None if scalar is None else scalar[at] for scalar in scalars]
+        return kernels.fake_quantize(column[:, None], *scalars, bits=grid.bits, codes=grid.codes)[
+            :, 0
+        ]
+
+    @torch.no_grad()
+    def compact(self, storage: torch.dtype) -> None:
+        """Freeze, and keep of the scalars the step and the zero point alone, in a storage type.
+
+        Four float32 numbers a row of 60 weights are 2.1 bits a weight; these two in float16 are 0.5.
+        """
+        lower, upper, _, _, _, _ = grid = self.grid()
+        step, zero = kernels.step_and_zero(*grid[:4], grid.bits)
+        moved_step, moved_zero = (t.to(storage).to(t.dtype) for t in (step, zero))
+        alpha = moved_step - (upper - lower) / (2**grid.bits - 1)
+        for scalar, value in zip(SCALARS, (lower, upper, alpha, moved_zero - lower), strict=True):
+            getattr(self, scalar).copy_(value)
+        self.moving_clip = False
+        self.freeze()
+        self.set_compact(storage)
+        self.lower.copy_(moved_zero)
+        self.alpha.copy_(moved_step)
+        self.restore()
+
+    def set_compact(self, storage: torch.dtype) -> None:
+        """What a file holds of this site is its compact form."""
+        self.scale_type, self.stored = storage, self.compact_form
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        if self.scale_type is not None:
+            # Bounds matter to float weights alone: (upper - lower)/L + alpha is alpha, exactly.
+            self.moving_clip = False
+            self.upper.copy_(self.lower)
+            self.beta.zero_()
 
     def freeze(self, integers: Tensor | None = None) -> None:
         """Keep the codes and drop the float weight."""
@@ -315,9 +452,10 @@ class WeightQuantizer(Quantizer):
         if self.integers is not None:
             grid = self.grid()
             scale, zero = kernels.step_and_zero(*grid[:4], grid.bits)
-            weight = kernels.dequantize(self.integers.to(scale.dtype), scale, zero)
+            weight = kernels.dequantize(self.rows(self.integers).to(scale.dtype), scale, zero)
+            weight = weight.view(self.integers.shape)
         else:
-            weight = super().forward(self._held)
+            weight = super().forward(self.held)
         return weight if self.mask is None else weight * self.mask
 
 
@@ -366,10 +504,11 @@ class SymmetricWeightQuantizer(WeightQuantizer):
     """
 
     stored = ("upper",)
+    compact_form = stored
 
     def __init__(self, rotated: Tensor, bits: int, spec: QuantSpec):
-        super().__init__(rotated, bits, dataclasses.replace(spec, per_channel=True), None)
-        self.lower.requires_grad_(False)
+        fine = dataclasses.replace(spec, per_channel=True, weight_groups=None)
+        super().__init__(rotated, bits, fine, None)
 
     def grid(self) -> kernels.Grid:
         levels, half = 2**self.bits - 1, max(2 ** (self.bits - 1) - 1, 0.5)
@@ -383,12 +522,35 @@ class SymmetricWeightQuantizer(WeightQuantizer):
         self.lower.copy_(-self.upper)
 
     @torch.no_grad()
+    def compact(self, storage: torch.dtype) -> None:
+        """Freeze, with the upper bounds in a storage type."""
+        self.upper.copy_(self.upper.to(storage))
+        self.set_compact(storage)
+        self.restore()
+        self.freeze()
+
+    @torch.no_grad()
     def restore(self) -> None:
         self.lower.copy_(-self.upper)
 
     def set_bounds(self, lower: Tensor, upper: Tensor) -> None:
         upper = torch.maximum(-lower, upper)
         super().set_bounds(-upper, upper)
+
+
+@contextlib.contextmanager
+def observed(
+    sites: Iterable[Quantizer], observer: Callable[[Quantizer, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """While it lasts, these sites show their inputs to an observer (see `Quantizer`)."""
+    sites = list(sites)
+    try:
+        for site in sites:
+            site.observer = observer
+        yield
+    finally:
+        for site in sites:
+            site.observer = None
 
 
 # --- Whole models ----------------------------------------------------------------------------------
@@ -411,6 +573,24 @@ def round_to_storage(model: nn.Module) -> None:
     assert spec is not None
     for tensor in stored_as_float(model).values():
         tensor.copy_(tensor.to(STORAGE[spec.storage]))
+
+
+def fine_sites(model: nn.Module) -> list[WeightQuantizer]:
+    """The weights with more than one scale, where spec asks for such; their scales can be compact."""
+    spec = quant_spec(model)
+    assert spec is not None
+    if not spec.per_channel and spec.weight_groups is None and spec.convolution_bits is None:
+        return []
+    sites = (site for _, site in named_quantizers(model) if isinstance(site, WeightQuantizer))
+    return [site for site in sites if site.group is not None]
+
+
+def compact_scales(model: nn.Module) -> None:
+    """Freeze weights with more than one scale, and round these to spec.storage: the end of training."""
+    spec = quant_spec(model)
+    assert spec is not None
+    for site in fine_sites(model):
+        site.compact(STORAGE[spec.storage])
 
 
 def quant_spec(model: nn.Module) -> QuantSpec | None:

@@ -8,6 +8,7 @@ from typing import Any
 from .models.edsr import EDSRConfig
 from .models.sesr import SIZES, SESRConfig
 from .models.swinir import SwinIRConfig
+from .quantization import TRAINED_KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,13 @@ class Recipe:
     patch: tuple[int, ...] | None = None
     learning_rate: float | None = None
     weight_learning_rate: float | None = None
+    train_weights: tuple[str, ...] | None = None
+    per_channel: bool | None = None
+    per_head: bool | None = None
+    transform: str | None = None
+    feature_weight: float | None = None
+    picture_weight: float | None = None
+    average: float | None = None
     warmup: int | None = None
     validate_every: int | None = None
     save_every: int | None = None
@@ -160,6 +168,20 @@ RECIPES = {
         learning_rate=0.1,
         weight_learning_rate=2e-3,
         warmup=100,
+        validate_every=250,
+        save_every=250,
+    ),
+    "compsrt-best": Recipe(
+        "what pays beyond the papers: weight scales per channel, everything trained by distillation",
+        bits=(4, 3, 2),
+        steps=4000,
+        batch=4,
+        patch=(32,),
+        learning_rate=0.03,
+        weight_learning_rate=8e-3,
+        warmup=100,
+        per_channel=True,
+        train_weights=TRAINED_KINDS,
         validate_every=250,
         save_every=250,
     ),

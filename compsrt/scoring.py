@@ -92,15 +92,20 @@ def means(scores: list[dict[str, Any]], *keys: str) -> dict[str, float]:
 def _levels(model: nn.Module, sets: dict[str, list[Pair]], scale: int) -> int | None:
     """The most distinct levels in any tensor of the spec's bits, for a crop of the first test picture.
 
-    Pictures and sums that no convolution reads have 8 bits in a SESR, whatever its spec says.
+    Pictures and sums that no convolution reads have 8 bits in a SESR, and convolutions bits of their
+    own in a SwinIR, whatever the spec says of the rest.
     """
     spec, sites = quant_spec(model), quantizers(model)
     if spec is None:
         return None
     lr, _ = data.load_pair(next(iter(sets.values()))[0], scale)
     crop = data.to_tensor(lr[:LEVELS_CROP, :LEVELS_CROP], next(model.parameters()).device)
-    bits = max(spec.bits_of_weights, spec.bits_of_activations)
+    bits = max(
+        spec.bits_of_weights, spec.bits_of_activations, *(bits for _, bits in spec.site_bits)
+    )
     levels = checkpoint.count_levels(model, crop)
+    if spec.codes == "clamped":
+        assert all(count <= 2 ** sites[site].bits for site, count in levels.items())
     return max(count for site, count in levels.items() if sites[site].bits <= bits)
 
 

@@ -39,7 +39,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     from compsrt import float_command, srp_command
-    from compsrt.quantization import METHODS, PRUNING_PATTERNS, STORAGE
+    from compsrt.quantization import (
+        METHODS,
+        PRUNING_PATTERNS,
+        ROUNDINGS,
+        STORAGE,
+        TRAINED_KINDS,
+    )
     from compsrt.recipes import RECIPES
     from compsrt.transforms import TRANSFORMS
 
@@ -86,17 +92,35 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
                            help="1 to 8; several: one run each")  # fmt: skip
     quantizer.add_argument("--weight-bits", type=int, metavar="B", help="for weights alone")
     quantizer.add_argument("--activation-bits", type=int, metavar="B", help="for inputs alone")
-    quantizer.add_argument("--transform", choices=TRANSFORMS, metavar="NAME",
-                           help=f"instead of the method's own: {', '.join(TRANSFORMS)}")  # fmt: skip
+    quantizer.add_argument(
+        "--transform", choices=(*TRANSFORMS, "auto"), metavar="NAME",
+        help=f"instead of the method's own: {', '.join(TRANSFORMS)} (Hadamard's, turned by"
+        " distillation), or auto (chosen for every block and site by output error)",
+    )  # fmt: skip
     quantizer.add_argument(
         "--site-transform", action="append", default=[], metavar="SITE=NAME",
         help="for one kind of site (qkv, query_key, value, attention, proj, fc1, fc2) or a pattern"
         " of BLOCK.SITE; may be given several times",
     )  # fmt: skip
+    quantizer.add_argument("--convolution-bits", type=int, metavar="B",
+                           help="for the weights of SwinIR's convolutions, whose inputs stay float"
+                           " (default: float weights)")  # fmt: skip
+    quantizer.add_argument(
+        "--average-bits", type=float, nargs="+", default=[None], metavar="A",
+        help="bits of every site by what it matters, with this average, instead of --bits; several:"
+        " one run each",
+    )  # fmt: skip
+    quantizer.add_argument("--weight-groups", type=int, metavar="N",
+                           help="a weight scale for each N inputs of an output channel")  # fmt: skip
+    quantizer.add_argument("--rounding", choices=ROUNDINGS, default="nearest",
+                           help="of weights: to the nearest code, or for the least error of the"
+                           " layer's output")  # fmt: skip
     quantizer.add_argument("--codes", choices=("clamped", "unclamped"), default="clamped",
                            help="unclamped is the published arithmetic, for comparison only")  # fmt: skip
     quantizer.add_argument("--per-channel", action="store_true",
                            help="weight scales per output channel")  # fmt: skip
+    quantizer.add_argument("--per-head", action="store_true",
+                           help="scalars per head at query, key, value and attention")  # fmt: skip
     quantizer.add_argument("--one-sided", choices=("auto", "never"), default="auto",
                            help="whether DOBI may choose a one-sided range")  # fmt: skip
     quantizer.add_argument(
@@ -123,12 +147,22 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--learning-rate", type=float, metavar="LR",
         help="highest; of distillation in quantizer steps (default 0.03; of float training 1e-3)",
     )  # fmt: skip
+    training.add_argument(
+        "--train-weights", nargs="*", choices=TRAINED_KINDS, default=(), metavar="KIND",
+        help="train these beside the scalars (QAT by distillation):"
+        f" {', '.join(TRAINED_KINDS)}; without a KIND all of them",
+    )  # fmt: skip
     training.add_argument("--weight-learning-rate", type=float, default=1e-3, metavar="LR",
-                          help="of the weights with --method qat, in parts of their root mean"
-                          " square")  # fmt: skip
+                          help="of the weights with --train-weights or --method qat, in parts of"
+                          " their root mean square")  # fmt: skip
+    training.add_argument("--average", type=float, default=0.998, metavar="DECAY",
+                          help="of the moving average that is kept with --train-weights or --method"
+                          " qat; 0: none")  # fmt: skip
     training.add_argument("--warmup", type=int, default=0, metavar="STEPS")
     training.add_argument("--feature-weight", type=float, default=1.0, metavar="W",
                           help="of the feature term of distillation")  # fmt: skip
+    training.add_argument("--picture-weight", type=float, default=0.0, metavar="W",
+                          help="of the true picture beside the teacher's in distillation")  # fmt: skip
     training.add_argument("--validate-every", type=int, default=50, metavar="STEPS")
     training.add_argument("--save-every", type=int, default=50, metavar="STEPS",
                           help="how often the state to resume from is saved")  # fmt: skip
@@ -169,6 +203,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if options.learning_rate is None:
         floating = options.method in (["float"], ["srp"])
         options.learning_rate = 1e-3 if floating else 0.03
+    if options.train_weights == []:
+        options.train_weights = TRAINED_KINDS
     if options.output is None:
         options.output = Path("runs") / (options.recipe or "-".join(options.method))
     if options.resume and options.force:
@@ -277,17 +313,31 @@ def _specs(options: argparse.Namespace) -> list[Any]:
     shared = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(QuantSpec)
-        if field.name not in ("bits", "method", "pruning", "site_transforms")
+        if hasattr(options, field.name)
+        and field.name not in ("bits", "average_bits", "method", "pruning")
     }
+    # Mixed bits are found on a model of equal bits, the nearest whole number.
+    widths = [(round(a), a) for a in options.average_bits if a is not None]
+    widths = widths or [(bits, None) for bits in options.bits]
     return [
-        QuantSpec(method=method, bits=bits, pruning=share, site_transforms=tuple(sites), **shared)
-        for method, bits, share in itertools.product(options.method, options.bits, options.pruning)
+        QuantSpec(
+            method=method,
+            bits=bits,
+            average_bits=average,
+            pruning=share,
+            site_transforms=tuple(sites),
+            **shared,
+        )
+        for method, (bits, average), share in itertools.product(
+            options.method, widths, options.pruning
+        )
     ]
 
 
 def _name(spec: Any) -> str:
-    """Such as compsrt-4bit or compsrt-3bit-pruned40."""
-    name = f"{spec.method}-{spec.bits}bit"
+    """Such as compsrt-4bit, compsrt-weights-4bit (trained weights) or compsrt-3bit-pruned40."""
+    width = f"{spec.bits}bit" if spec.average_bits is None else f"{spec.average_bits:g}bit-mixed"
+    name = f"{spec.method}{'-weights' if spec.train_weights else ''}-{width}"
     return name if not spec.pruning else f"{name}-pruned{round(100 * spec.pruning)}"
 
 
@@ -357,6 +407,8 @@ def _compress(
         "world": ranks.world,
         "source": source["sha256"],
         "feature_weight": options.feature_weight,
+        "picture_weight": options.picture_weight,
+        "average": options.average,
         "weight_rate": options.weight_learning_rate / options.learning_rate,
     }
     done = folder / "done.json"
@@ -376,6 +428,8 @@ def _compress(
         schedule=schedule,
         validation=validation,
         feature_weight=options.feature_weight,
+        picture_weight=options.picture_weight,
+        average=options.average,
         weight_rate=settings["weight_rate"],
         folder=folder,
         settings=settings,

@@ -23,7 +23,7 @@ import math
 import numpy as np
 import torch
 
-TRANSFORMS = ("none", "hadamard", "hadamard-padded", "block-hadamard", "dct", "random")
+TRANSFORMS = ("none", "hadamard", "hadamard-padded", "block-hadamard", "dct", "random", "learned")
 
 
 def next_power_of_two(n: int) -> int:
@@ -120,7 +120,8 @@ def transform_matrix(name: str, size: int, seed: int = 0) -> torch.Tensor | None
     """The matrix T (size, order) of transform `name` for a last axis of `size`; None for no rotation.
 
     "none" is no rotation; "hadamard" is of exact order where a Hadamard matrix exists, else none;
-    "hadamard-padded" is the published CompSRT transform: zero-padded to the next power of two.
+    "hadamard-padded" is the published CompSRT transform: zero-padded to the next power of two;
+    "learned" is where a learned one starts: as "hadamard", with the identity for none.
     The returned tensor is shared: do not write to it. Raises ValueError for an unknown name.
     """
     if name == "none":
@@ -133,6 +134,8 @@ def transform_matrix(name: str, size: int, seed: int = 0) -> torch.Tensor | None
         return block_hadamard(size)
     if name == "dct":
         return dct(size)
+    if name == "learned":
+        return hadamard(size) if has_hadamard(size) else torch.eye(size, dtype=torch.float64)
     if name == "random":
         return random_orthogonal(size, seed)
     raise ValueError(f"transform: {name!r} is unknown; one of {', '.join(TRANSFORMS)}")

@@ -3,7 +3,7 @@ import torch
 from networks import tiny_swinir
 
 import compsrt
-from compsrt.calibration import search_bounds
+from compsrt.calibration import _looks_one_sided, search_bounds
 from compsrt.quantization import QuantSpec, quantizers
 
 
@@ -77,3 +77,25 @@ def test_one_sided_ranges_are_taken_where_they_are_better():
         both[choice] = quantizers(compsrt.quantize(tiny_swinir(), spec, x))
     name = "layers.0.residual_group.blocks.0.attention"
     assert both["auto"][name].lower < both["never"][name].lower
+
+
+def test_scalars_a_head_are_those_of_each_head_alone():
+    model = tiny_swinir()
+    pictures = torch.rand(2, 3, 16, 16)
+    quantized = compsrt.quantize(model, QuantSpec(bits=3, per_head=True), pictures)
+    block, seen = quantized.layers[0].blocks[1], {}
+    for name in ("query", "key", "value", "attention"):
+        assert getattr(block, name).lower.shape == (2, 1, 1)
+    for _, site in quantizers(quantized).items():
+        site.observer = lambda site, x: seen.__setitem__(site.site, x)
+    quantized(pictures)
+    for name, x in seen.items():
+        site = quantizers(quantized)[name]
+        if site.lower.dim() == 3:
+            one_sided = None if _looks_one_sided(x) else False
+            for head in range(2):
+                part = x[..., head, :, :]
+                lower, upper = search_bounds(part, 3, one_sided=one_sided)
+                width = float(upper - lower)
+                assert abs(float(site.lower[head].detach() - lower)) < 2e-6 * width + 1e-6
+                assert abs(float(site.upper[head].detach() - upper)) < 2e-6 * width + 1e-6

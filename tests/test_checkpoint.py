@@ -1,5 +1,6 @@
 """One file is the whole model: the same bits after loading, or one clear line and no model."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -7,13 +8,16 @@ import math
 import os
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import compsrt
 from compsrt import checkpoint
 from compsrt.calibration import calibrate
 from compsrt.checkpoint import (
@@ -33,6 +37,7 @@ from compsrt.quantization import (
     QuantSpec,
     WeightQuantizer,
     named_quantizers,
+    stored_as_float,
 )
 from compsrt.transforms import TRANSFORMS
 
@@ -80,6 +85,7 @@ def packed(tmp_path):
 
 # --- the packed model -----------------------------------------------------------------------------
 
+PATTERNS = ("*.weight", "*.fc?.*", "*.blocks.1.q.weight", "*.attention", "conv_first.weight")
 specs = st.builds(
     QuantSpec,
     bits=st.integers(1, 8),
@@ -90,7 +96,10 @@ specs = st.builds(
     site_transforms=st.sampled_from([(), (("fc2", "none"), ("*.1.q*", "dct"))]),
     pruning=st.sampled_from([0.0, 0.4, 0.99]),
     per_channel=st.booleans(),
+    per_head=st.booleans(),
     storage=st.sampled_from(["float16", "float32"]),
+    convolution_bits=st.none() | st.integers(1, 8),
+    site_bits=st.lists(st.tuples(st.sampled_from(PATTERNS), st.integers(1, 8)), max_size=3),
 )
 pruned_2_of_4 = st.builds(
     QuantSpec,
@@ -98,6 +107,7 @@ pruned_2_of_4 = st.builds(
     pruning=st.just(0.5),
     pruning_pattern=st.just("2:4"),
     per_channel=st.booleans(),
+    per_head=st.booleans(),
 )
 
 
@@ -113,7 +123,60 @@ def test_a_packed_model_is_the_same_model(spec, tmp_path_factory):
     assert loaded.config == TINY
     save_packed(loaded, folder / "b.safetensors")
     assert (folder / "a.safetensors").read_bytes() == (folder / "b.safetensors").read_bytes()
-    assert size_report(loaded)["levels"] <= 2**spec.bits_of_weights
+    sites = dict(named_quantizers(loaded))
+    for name, levels in count_levels(loaded, torch.rand(1, 3, 8, 8)).items():
+        assert levels <= 2 ** sites[name].bits
+        assert sites[name].bits == spec.bits_of(name, sites[name].bits)
+
+
+def test_format_1_is_written_as_ever(shared, tmp_path):
+    """A file of the first format comes back byte for byte, and its spec names no later field."""
+    original = Path(compsrt.__file__).parent / "assets" / "sesr_m5_x2_8bit.safetensors"
+    save_packed(load(original), tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == original.read_bytes()
+    assert QuantSpec().file_format == 1
+    assert not {"site_bits", "convolution_bits"} & set(QuantSpec().to_json())
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(convolution_bits=8), QuantSpec(site_bits=(("*", 2),))])
+def test_what_format_1_cannot_say_is_format_2(spec, packed):
+    save_packed(quantized(spec), packed)
+    assert load(packed).card["format"] == 2
+    assert QuantSpec.from_json(spec.to_json()) == spec
+
+
+def test_bits_of_sites_and_convolutions_are_what_the_file_takes(packed):
+    """Two sites of a block in 2 bits, the others in 4; convolutions in 7: the codes are that long."""
+    spec = QuantSpec(bits=4, convolution_bits=7, site_bits=(("*.fc?.weight", 2),))
+    model = quantized(spec)
+    save_packed(model, packed)
+    with safetensors.safe_open(packed, "pt") as file:
+        stored = file.get_tensor("codes")
+    convolutions = sum(p.numel() for n, p in float_model().named_parameters() if p.dim() == 4)
+    mlp = 2 * 2 * 12 * 24
+    bits = 2 * mlp + 4 * (LINEAR_WEIGHTS - mlp) + 7 * convolutions
+    assert len(stored) == -(-bits // 8)
+    assert not any("conv" in name and "bias" not in name for name in stored_as_float(model))
+    scales = 32 * 4 * WEIGHT_SITES
+    counted = size_report(model)["bits_per_weight"] * LINEAR_WEIGHTS
+    assert counted == 2 * mlp + 4 * (LINEAR_WEIGHTS - mlp) + scales
+
+
+def test_convolutions_of_every_kind_are_quantized_and_never_pruned(tmp_path):
+    config = dataclasses.replace(
+        TINY, resi_connection="3conv", upsampler="pixelshuffle", upsample_channels=8
+    )
+    spec = QuantSpec(bits=3, convolution_bits=8, pruning=0.5)
+    model = quantized(spec, float_model(config))
+    sites = dict(named_quantizers(model))
+    convolutions = [n for n, m in float_model(config).named_modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 2 * 3 + 4
+    for name in convolutions:
+        site = sites[f"{name}.weight"]
+        assert site.bits == 8
+        assert site.mask is None
+    save_packed(model, tmp_path / "a.safetensors")
+    assert_same_output(model, load(tmp_path / "a.safetensors"), torch.rand(1, 3, 9, 13))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -244,8 +307,7 @@ def packed_bytes(tmp_path_factory) -> bytes:
 
 
 def test_a_newer_format_is_named(packed, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
-    save_packed(quantized(QuantSpec()), packed)
+    save_packed(quantized(QuantSpec(convolution_bits=8)), packed)
     monkeypatch.setattr(checkpoint, "FORMAT", 1)
     with pytest.raises(ValueError, match=r"its format 2 is newer than 1, .* update compsrt"):
         load(packed)
@@ -417,9 +479,10 @@ def test_the_float_model_is_reported_as_float(tmp_path):
     assert size_report(float_model())["ratio"] is None
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
-def test_levels_are_counted_at_every_site(per_channel):
-    model = quantized(QuantSpec(bits=2, pruning=0.4, per_channel=per_channel)).double()
+@pytest.mark.parametrize("finer", [False, True])
+def test_levels_are_counted_at_every_site(finer):
+    """Per output channel of a weight and per head where these have scalars of their own."""
+    model = quantized(QuantSpec(bits=2, pruning=0.4, per_channel=finer, per_head=finer)).double()
     x = torch.rand(1, 3, 12, 12).double()
     outputs = []
     model.register_forward_hook(lambda module, inputs, output: outputs.append(output))

@@ -3,8 +3,10 @@ import torch
 from networks import tiny_swinir
 
 import compsrt
-from compsrt.distillation import Distillation, StepAdam, _distance
-from compsrt.quantization import QuantSpec
+from compsrt.checkpoint import save_packed
+from compsrt.distillation import Distillation, _distance
+from compsrt.quant_training import StepAdam
+from compsrt.quantization import TRAINED_KINDS, QuantSpec, WeightQuantizer, round_to_storage
 
 
 def student(method="compsrt", **fields):
@@ -84,3 +86,110 @@ def test_what_cannot_be_distilled_is_refused():
         Distillation(
             compsrt.quantize(model, QuantSpec(method="dobi"), torch.rand(1, 3, 16, 16)), model
         )
+
+
+# --- Trained weights ------------------------------------------------------------------------------
+
+
+def train(objective, steps, rate=0.02):
+    for number in range(steps):
+        generator = torch.Generator().manual_seed(number)
+        lr = torch.rand(2, 3, 16, 16, generator=generator)
+        hr = torch.nn.functional.interpolate(lr, scale_factor=2)
+        for group in objective.optimizer.param_groups:
+            group["lr"] = rate * group["lr_factor"]
+        objective.optimizer.zero_grad()
+        terms = objective.losses(lr, hr)
+        terms["loss"].backward()
+        objective.update()
+    return terms
+
+
+# What a name of each kind ends with, and how many a tiny network has.
+KINDS = {
+    "weights": (".rotated", 2 * 6),
+    "biases": (".bias", 2 * 6),
+    "norms": ("norm", 2 * 4 + 4),
+    "tables": ("table", 2),
+    "convolutions": ("conv", 2 * 4),
+}
+
+
+@pytest.mark.parametrize("kind", TRAINED_KINDS)
+def test_each_kind_of_float_tensors_is_trained_when_asked_for_and_moves(kind):
+    teacher, model = student(train_weights=(kind,))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before |= {name: p.clone() for name, p in model.named_buffers() if name.endswith("rotated")}
+    objective = Distillation(model, teacher)
+    scalars = {"lower", "upper", "alpha", "beta"}
+    trained = {n: p for n, p in objective.trained().items() if n.rpartition(".")[2] not in scalars}
+    what, count = KINDS[kind]
+    assert len(trained) == count
+    words = ("conv", "upsample") if kind == "convolutions" else (what,)
+    assert all(any(word in name for word in words) for name in trained)
+    train(objective, 2)
+    still = [name for name, p in trained.items() if torch.equal(p, before[name])]
+    assert not still
+    fixed = before.keys() - objective.trained().keys()
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], before[name]) for name in fixed if name in now)
+
+
+def test_trained_weights_lower_the_loss_further_than_scalars_alone():
+    finals = {}
+    for kinds in ((), TRAINED_KINDS):
+        teacher, model = student(train_weights=kinds, per_channel=True)
+        objective = Distillation(model, teacher, weight_rate=1.0)
+        finals[kinds] = float(train(objective, 30)["loss"].detach())
+    assert finals[TRAINED_KINDS] < 0.9 * finals[()]
+
+
+def test_a_float_tensor_moves_by_parts_of_its_root_mean_square():
+    teacher, model = student(train_weights=("weights",))
+    objective = Distillation(model, teacher, weight_rate=0.1)
+    weights = [q for q in objective.sites if isinstance(q, WeightQuantizer)]
+    before = [q.rotated.detach().clone() for q in weights]
+    train(objective, 1, rate=0.02)
+    for quantizer, old in zip(weights, before, strict=True):
+        largest = (quantizer.rotated.detach() - old).abs().max() / old.square().mean().sqrt()
+        torch.testing.assert_close(float(largest), 0.1 * 0.02, rtol=1e-3, atol=0)
+
+
+def test_the_average_is_kept_and_follows():
+    teacher, model = student(train_weights=TRAINED_KINDS)
+    objective = Distillation(model, teacher, average=0.9)
+    assert objective.model is not model
+    start = {name: t.clone() for name, t in objective.learned().items()}
+    train(objective, 1)
+    now = dict(objective.network.named_parameters())
+    decay = 2 / 11  # (1 + n)/(10 + n) of the first update
+    for name, averaged in objective.learned().items():
+        torch.testing.assert_close(averaged, torch.lerp(start[name], now[name], 1 - decay))
+    assert Distillation(student()[1], teacher).model is not objective.model
+
+
+def test_the_true_picture_is_a_term_where_asked_for():
+    teacher, model = student()
+    lr, hr = torch.rand(1, 3, 16, 16), torch.rand(1, 3, 32, 32)
+    terms = Distillation(model, teacher, picture_weight=0.5).losses(lr, hr)
+    assert float(terms["picture"]) == pytest.approx(float((model(lr) - hr).abs().mean()))
+    total = terms["pixel"] + terms["feature"] + 0.5 * terms["picture"]
+    torch.testing.assert_close(terms["loss"], total)
+
+
+@pytest.mark.parametrize("fields", [{"pruning": 0.5}, {"pruning": 0.5, "pruning_pattern": "2:4"}])
+def test_pruned_weights_stay_zero_and_the_trained_model_packs_exactly(fields, tmp_path):
+    teacher, model = student(train_weights=TRAINED_KINDS, per_channel=True, **fields)
+    objective = Distillation(model, teacher, average=0.9)
+    train(objective, 3)
+    trained = objective.model
+    round_to_storage(trained)
+    for module in trained.modules():
+        if isinstance(module, WeightQuantizer):
+            assert module.mask is not None and (module()[~module.mask] == 0).all()
+    save_packed(trained, tmp_path / "trained.safetensors")
+    loaded = compsrt.load(tmp_path / "trained.safetensors")
+    assert loaded.spec == model.spec
+    x = torch.rand(1, 3, 9, 14)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), trained(x))

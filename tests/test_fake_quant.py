@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -229,6 +230,20 @@ def test_unknown_choices_are_refused(monkeypatch):
     monkeypatch.setattr(dispatch, "INSTALLED", False)
     with pytest.raises(ValueError, match="not installed"):
         kernels.fake_quantize(x, x.min(), x.max(), bits=2)
+
+
+@on_each_device
+def test_scalars_of_an_inner_axis(device):
+    """Such as one a head: as the reference, whose shapes broadcast."""
+    x = randn(2, 3, 4, 5, seed=0)
+    results = []
+    for there, choose in (("cpu", contextlib.nullcontext), (device, triton_only)):
+        inputs = leaves([x, *four_scalars((3, 1, 1), 3, "clamped")], there)
+        with choose():
+            y = kernels.fake_quantize(*inputs, bits=3)
+        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for right, found in zip(*results, strict=True):
+        torch.testing.assert_close(found.cpu(), right, rtol=1e-5, atol=1e-5)
 
 
 @on_each_device

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from compsrt.kernels.packing import (
     pack_codes,
     pack_mask,
+    pack_parts,
     packed_size,
     unpack_codes,
     unpack_mask,
+    unpack_parts,
 )
 
 
@@ -36,6 +38,19 @@ def test_the_layout_is_one_little_endian_number(case):
     number = sum(int(code) << (j * bits) for j, code in enumerate(codes))
     packed = bytes(pack_codes(codes, bits).tolist())
     assert packed == number.to_bytes(len(packed), "little")
+
+
+@given(st.lists(codes_of_some_bits(), min_size=1, max_size=5))
+def test_parts_of_different_widths_are_one_little_endian_number(parts):
+    number = size = 0
+    for bits, codes in parts:
+        for code in codes.tolist():
+            number |= code << size
+            size += bits
+    packed = pack_parts((codes, bits) for bits, codes in parts)
+    assert bytes(packed.tolist()) == number.to_bytes((size + 7) // 8, "little")
+    found = unpack_parts(packed, [(len(codes), bits) for bits, codes in parts])
+    assert all(torch.equal(a, codes) for a, (_, codes) in zip(found, parts, strict=True))
 
 
 @given(st.lists(st.booleans(), max_size=70))
@@ -83,6 +98,7 @@ def test_bits_are_1_to_8(bits):
         (lambda: unpack_codes(torch.zeros(1, dtype=torch.uint8), 3, 3), "1 bytes do not hold 3"),
         (lambda: unpack_codes(torch.zeros(3, dtype=torch.uint8), 3, 3), "which take 2"),
         (lambda: unpack_mask(torch.zeros(0, dtype=torch.uint8), -1), "do not hold -1"),
+        (lambda: pack_parts([]), "parts: there are none"),
     ],
 )
 def test_wrong_arguments_are_named(call, message):

@@ -52,12 +52,16 @@ def grids_of(scalars, bits, codes):
     return [Grid(*scalars[4 * i : 4 * i + 4], b, codes) for i, b in enumerate(bits)]
 
 
-def make(shape, heads, window, bits, codes, dtype, seed):
-    """q, k, v as thirds of one tensor, the table, the sixteen scalars, and a gradient."""
+def make(shape, heads, window, bits, codes, dtype, seed, per_head=()):
+    """q, k, v as thirds of one tensor, the table, the sixteen scalars, and a gradient.
+
+    per_head: the grids, of the four, whose scalars are one a head.
+    """
     *grid, size = shape
     qkv = randn(*grid, 3 * heads * size, seed=seed, dtype=dtype)
     table = 0.5 * randn((2 * window - 1) ** 2, heads, seed=seed + 1)
-    scalars = [s for i in range(4) for s in four_scalars((), bits[i], codes, seed + i)]
+    shapes = [(heads, 1, 1) if i in per_head else () for i in range(4)]
+    scalars = [s for i in range(4) for s in four_scalars(shapes[i], bits[i], codes, seed + i)]
     # Probabilities, rotated or not, are of this size.
     scalars[12:] = [s * 2 / window for s in scalars[12:]]
     return qkv, table, scalars, randn(*grid, heads * size, seed=seed + 2, dtype=dtype)
@@ -95,12 +99,16 @@ def margin(qkv, table, scalars, settings, bits, codes, rotations):
     return float(torch.stack(least).detach().min())
 
 
-def check(device, shape, heads, window, shift, names, dtype, bits, codes="clamped", seed=0):
+def check(
+    device, shape, heads, window, shift, names, dtype, bits, codes="clamped", seed=0, per_head=()
+):
     size = shape[-1]
     settings = {"heads": heads, "window": window, "shift": shift, "scale": size**-0.5}
     exact_rotations = rotations_of(names, size, window, torch.double)
     for attempt in range(50):  # one code more or less would hide all else
-        *inputs, grad = make(shape, heads, window, bits, codes, dtype, seed + 100 * attempt)
+        *inputs, grad = make(
+            shape, heads, window, bits, codes, dtype, seed + 100 * attempt, per_head
+        )
         exact_inputs = leaves([inputs[0], inputs[1], *inputs[2]], "cpu", torch.double)
         arguments = settings, bits, codes, exact_rotations
         far = margin(exact_inputs[0], exact_inputs[1], exact_inputs[2:], *arguments)
@@ -163,6 +171,37 @@ def test_other_windows_and_wide_heads_are_composed(device, monkeypatch):
     check(device, (1, 6, 3, 10), 2, 3, 1, ROTATIONS[3], torch.float32, [4] * 4)
     check(device, (1, 8, 4, 40), 1, 4, 2, ROTATIONS[1], torch.float32, [4] * 4)
     check(device, (1, 16, 16, 10), 1, 16, 0, (None, None, "hadamard"), torch.float32, [4] * 4)
+
+
+@on_each_device
+@pytest.mark.parametrize("per_head", [(0, 1, 2, 3), (1,), (0, 3)], ids=str)
+@pytest.mark.parametrize("names", [ROTATIONS[1], ROTATIONS[3]], ids=str)
+def test_scalars_a_head(device, per_head, names):
+    check(device, (1, 4, 8, 10), 3, 4, 2, names, torch.float32, [4] * 4, per_head=per_head)
+
+
+@on_each_device
+def test_scalars_a_head_where_the_op_is_composed(device, monkeypatch):
+    monkeypatch.setattr(attention, "_quant_window_attention", None)
+    everything = (0, 1, 2, 3)
+    check(device, (2, 6, 3, 10), 2, 3, 1, ROTATIONS[3], TYPES[0], [4] * 4, per_head=everything)
+
+
+@on_each_device
+def test_scalars_a_head_that_are_equal_are_those_of_a_tensor(device):
+    qkv, table, scalars, grad = make((2, 8, 8, 10), 3, 4, [4] * 4, "clamped", torch.float32, 0)
+    settings = {"heads": 3, "window": 4, "shift": 2, "scale": 0.3}
+    rotations = rotations_of(ROTATIONS[1], 10, 4, device=device)
+    results = []
+    for shape in ((), (3, 1, 1)):
+        inputs = [qkv, table, *(s.expand(shape).contiguous() for s in scalars)]
+        qkv_, table_, *scalars_ = leaves(inputs, device)
+        arguments = qkv_, table_, scalars_, grad.to(device), settings, [4] * 4, "clamped", rotations
+        with triton_only():
+            results.append(run(kernels.quant_window_attention, *arguments))
+    for one, three in zip(*results, strict=True):
+        three = three.sum((0, 1, 2)) if three.shape == (3, 1, 1) else three
+        torch.testing.assert_close(three, one, rtol=1e-5, atol=1e-4)
 
 
 def plain(q, k, v, table, grids, *, heads, window, shift, scale, **rotations):
@@ -258,11 +297,15 @@ def test_slices_other_strides_and_no_pictures(device):
 
 
 @on_each_device
-def test_operators_keep_their_promises(device):
-    qkv, table, scalars, grad = make((1, 4, 4, 3), 1, 4, [3] * 4, "clamped", torch.float32, 0)
+@pytest.mark.parametrize("per_head", [(), (0, 1, 2, 3)], ids=str)
+def test_operators_keep_their_promises(device, per_head):
+    heads = 2 if per_head else 1
+    qkv, table, scalars, grad = make(
+        (1, 4, 4, 3), heads, 4, [3] * 4, "clamped", torch.float32, 0, per_head
+    )
     q, k, v, table, grad, *scalars = leaves([*qkv.chunk(3, -1), table, grad, *scalars], device)
     rotations = rotations_of(("hadamard-padded", "dct", "hadamard"), 3, 4, device=device)
-    arguments = q, k, v, table, scalars, *rotations, 1, 4, 2, 0.5, [3] * 4, [True] * 4
+    arguments = q, k, v, table, scalars, *rotations, heads, 4, 2, 0.5, [3] * 4, [True] * 4
     with triton_only():
         torch.library.opcheck(attention._quant_window_attention, arguments)
         plain = [

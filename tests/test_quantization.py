@@ -106,6 +106,7 @@ specs = st.builds(
     method=st.sampled_from(sorted(METHODS)),
     transform=st.sampled_from([None, *transforms.TRANSFORMS]),
     per_channel=st.booleans(),
+    per_head=st.booleans(),
     pruning=st.sampled_from([0.0, 0.4, 0.9]),
     site_transforms=st.sampled_from([(), (("fc2", "none"), ("*blocks.1.attention", "dct"))]),
 )

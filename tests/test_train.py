@@ -14,6 +14,7 @@ import torch
 from networks import tiny_swinir, write_pictures
 
 from compsrt import checkpoint, cli, demo, train
+from compsrt.quantization import TRAINED_KINDS
 from compsrt.recipes import RECIPES, Recipe
 
 FAST = ["--steps", "2", "--batch", "2", "--patch", "16", "--calibration-count", "2",
@@ -82,6 +83,17 @@ def test_what_is_scored_is_what_the_file_holds(material, capsys):
         lr, hr = data.load_pair(pair, 2)
         scores.append(metrics.psnr(inference.enlarge(model, lr), hr, crop=2))
     assert report["rows"][-1]["tests"]["set"]["psnr"] == pytest.approx(sum(scores) / 2, abs=1e-12)
+
+
+def test_trained_weights_are_reported_as_what_they_are(material, capsys):
+    more = ("--train-weights", "--per-channel", "--picture-weight", "0.5")
+    _, report, _ = command(capsys, arguments(material, *more))
+    row = report["rows"][-1]
+    assert row["model"] == "compsrt-weights-4bit" and row["training"] == "QAT by distillation"
+    assert (row["steps"], row["crops"], row["pictures"]) == (2, 4, 3)
+    model = checkpoint.load(material / "out/compsrt-weights-4bit/model.safetensors")
+    assert model.spec.train_weights == TRAINED_KINDS
+    assert model.card["results"]["training"] == "QAT by distillation"
 
 
 def test_the_same_command_gives_the_same_file(material, capsys):

@@ -13,7 +13,7 @@ from compsrt import data
 from compsrt.distillation import Distillation
 from compsrt.distributed import Ranks
 from compsrt.float_training import FloatTraining, start_from
-from compsrt.quantization import QuantSpec
+from compsrt.quantization import TRAINED_KINDS, QuantSpec
 from compsrt.trainer import Schedule, Trainer, Validation
 
 CPU = Ranks(torch.device("cpu"))
@@ -43,7 +43,14 @@ def distillation():
     return Distillation(compsrt.quantize(teacher, spec, torch.rand(2, 3, 16, 16)), teacher)
 
 
-@pytest.mark.parametrize("make", [float_objective, distillation])
+def distillation_of_weights():
+    teacher = tiny_swinir()
+    spec = QuantSpec(bits=3, per_channel=True, pruning=0.3, train_weights=TRAINED_KINDS)
+    student = compsrt.quantize(teacher, spec, torch.rand(2, 3, 16, 16))
+    return Distillation(student, teacher, picture_weight=0.5, average=0.9)
+
+
+@pytest.mark.parametrize("make", [float_objective, distillation, distillation_of_weights])
 def test_a_killed_run_resumes_to_the_same_result(make, sampler, tmp_path):
     torch.manual_seed(3)
     whole = trainer(make(), sampler)
@@ -119,7 +126,7 @@ def test_a_loss_that_is_not_finite_stops_with_name_and_step(sampler):
         update()
         if run.step == 1:
             with torch.no_grad():
-                objective.named["layers.0.residual_group.blocks.0.fc2.weight.upper"].fill_(
+                objective.trained()["layers.0.residual_group.blocks.0.fc2.weight.upper"].fill_(
                     torch.nan
                 )
 
@@ -234,7 +241,7 @@ objective.losses = lambda lr, hr: losses(lr.double())
 schedule = Schedule(steps=10, batch=batch, patches=(16,), learning_rate=1e-3)
 trainer = Trainer(objective, sampler, schedule, ranks=ranks)
 trainer._gradients()
-gradients = {name: p.grad.clone() for name, p in objective.named.items()}
+gradients = {name: p.grad.clone() for name, p in objective.trained().items()}
 
 training = FloatTraining(tiny_swinir())
 Trainer(training, sampler, schedule, ranks=ranks).fit()

@@ -179,8 +179,8 @@ def _rotate_back(x, rotation):
 
 
 @triton.jit
-def _quantizer(grids, i: tl.constexpr, BITS: tl.constexpr, CLAMPED: tl.constexpr):
-    return tiles.load_quantizer(grids[i], 0, BITS[i], CLAMPED[i])
+def _quantizer(grids, i: tl.constexpr, row, BITS: tl.constexpr, CLAMPED: tl.constexpr):
+    return tiles.load_quantizer(grids[i], row, BITS[i], CLAMPED[i])
 
 
 @triton.jit
@@ -301,11 +301,12 @@ def _quant_window_attention_fwd_kernel(
     SLICE: tl.constexpr,
     BITS: tl.constexpr,
     CLAMPED: tl.constexpr,
+    PER_HEAD: tl.constexpr,
 ):
     """q, k, v, out: (B, height, width, heads * SIZE), the first three with strides of three axes;
     table: ((2 WINDOW - 1)^2, heads); rotations: of query and key (SIZE, ORDER), value (SIZE,
-    VALUE_ORDER) and token (N, TOKEN_ORDER), or None; grids: four scalars each; WIDTHS: of tiles
-    for SIZE, ORDER and VALUE_ORDER.
+    VALUE_ORDER) and token (N, TOKEN_ORDER), or None; grids: four scalars each, or PER_HEAD four
+    vectors (heads,); WIDTHS: of tiles for SIZE, ORDER and VALUE_ORDER.
 
     This program does every so-manieth of all windows, for one head and ROWS of its queries.
     """
@@ -314,16 +315,17 @@ def _quant_window_attention_fwd_kernel(
     TYPE: tl.constexpr = q_ptr.dtype.element_ty
     program = tl.program_id(0)
     head = program % heads
+    grid_row = head if PER_HEAD else 0
     token = program // heads % (N // ROWS) * ROWS + tl.arange(0, ROWS)
     first = program // heads // (N // ROWS)
     step = tl.num_programs(0) // heads // (N // ROWS)
     bias = _load_bias(table_ptr, token, head, heads, WINDOW)
     head_rotation = _load_rotation(rotations[0], SIZE, ORDER, WIDTH, WIDTHS[1], TYPE)
     value_rotation = _load_rotation(rotations[1], SIZE, VALUE_ORDER, WIDTH, WIDTHS[2], TYPE)
-    query = _quantizer(grids, 0, BITS, CLAMPED)
-    key = _quantizer(grids, 1, BITS, CLAMPED)
-    value = _quantizer(grids, 2, BITS, CLAMPED)
-    attention = _quantizer(grids, 3, BITS, CLAMPED)
+    query = _quantizer(grids, 0, grid_row, BITS, CLAMPED)
+    key = _quantizer(grids, 1, grid_row, BITS, CLAMPED)
+    value = _quantizer(grids, 2, grid_row, BITS, CLAMPED)
+    attention = _quantizer(grids, 3, grid_row, BITS, CLAMPED)
     for window in tl.range(first, windows, step, num_stages=1, disable_licm=True):
         tokens = _locate(tl.arange(0, N), window, height, width, WINDOW, SHIFT)
         k = _rotate(_load_head(k_ptr, strides[1], tokens, head, SIZE, WIDTH), head_rotation)
@@ -372,9 +374,11 @@ def _quant_window_attention_bwd_kernel(
     SLICE: tl.constexpr,
     BITS: tl.constexpr,
     CLAMPED: tl.constexpr,
+    PER_HEAD: tl.constexpr,
 ):
     """grad, dq, dk, dv: as out, q, k, v of the forward, the first four with strides; parts: (4, 3,
-    programs); table_parts: (programs / heads, heads, N, N) or None; all others: as in the forward.
+    programs), or PER_HEAD (4, heads, 3, programs / heads); table_parts: (programs / heads, heads, N,
+    N) or None; all others: as in the forward.
 
     This program does every so-manieth of all windows, for one head. Quantizers are loaded and
     operands quantized where they are needed: held, they would spill.
@@ -385,6 +389,7 @@ def _quant_window_attention_bwd_kernel(
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     head = program % heads
+    grid_row = head if PER_HEAD else 0
     head_rotation = _load_rotation(rotations[0], SIZE, ORDER, WIDTH, WIDTHS[1], TYPE)
     value_rotation = _load_rotation(rotations[1], SIZE, VALUE_ORDER, WIDTH, WIDTHS[2], TYPE)
     totals = tl.zeros((16,), tl.float32)
@@ -401,20 +406,20 @@ def _quant_window_attention_bwd_kernel(
             rows = _locate(token, window, height, width, WINDOW, SHIFT)
             q = _load_head(q_ptr, strides[1], rows, head, SIZE, WIDTH)
             q = _rotate(q, head_rotation) * scale
-            query = _quantizer(grids, 0, BITS, CLAMPED)
+            query = _quantizer(grids, 0, grid_row, BITS, CLAMPED)
             q_hat = _quantize(q, query, ORDER, TYPE)
-            key = _quantizer(grids, 1, BITS, CLAMPED)
+            key = _quantizer(grids, 1, grid_row, BITS, CLAMPED)
             k_hat = _quantize(k, key, ORDER, TYPE)
             if ORDER > SIZE:
                 q_hat = _rotate_back(q_hat, head_rotation)
                 k_hat = _rotate_back(k_hat, head_rotation)
             bias = _load_bias(table_ptr, token, head, heads, WINDOW)
             p = _probabilities(q_hat, k_hat, bias, rows.region, tokens.region, SHIFT)
-            value = _quantizer(grids, 2, BITS, CLAMPED)
+            value = _quantizer(grids, 2, grid_row, BITS, CLAMPED)
             v_hat = _rotate_back(_quantize(v, value, VALUE_ORDER, TYPE), value_rotation)
             grad = _load_head(grad_ptr, strides[0], rows, head, SIZE, WIDTH)
             dp = _times(tl.trans(grad), v_hat)
-            attention = _quantizer(grids, 3, BITS, CLAMPED)
+            attention = _quantizer(grids, 3, grid_row, BITS, CLAMPED)
             p_hat, dp, totals = _quantize_rotated_backward(
                 dp, p, rotations[2], attention, totals, 3, TOKEN_ORDER, SLICE, TYPE
             )
@@ -426,32 +431,36 @@ def _quant_window_attention_bwd_kernel(
                 to += token[:, None] * N + tl.arange(0, N)[None, :]
                 tl.store(to, ds + tl.load(to, mask=window != first, other=0.0))
             ds = ds.to(TYPE)
-            key = _quantizer(grids, 1, BITS, CLAMPED)
+            key = _quantizer(grids, 1, grid_row, BITS, CLAMPED)
             k_hat = _quantize(k, key, ORDER, TYPE)
             if ORDER > SIZE:
                 k_hat = _rotate_back(k_hat, head_rotation)
             dq = _times(k_hat, tl.trans(ds))
             if ORDER > SIZE:
                 dq = _rotate(dq.to(TYPE), head_rotation)
-            query = _quantizer(grids, 0, BITS, CLAMPED)
+            query = _quantizer(grids, 0, grid_row, BITS, CLAMPED)
             dq, totals = _quantize_backward(dq, q, query, totals, 0, 0)
             dq = _rotate_back((dq * scale).to(TYPE), head_rotation)
             _store_head(dq_ptr, rows.number, head, heads, dq, SIZE)
             dk = tiles.dot(q_hat, ds, dk)  # last: its layout is the one that spills least
         if ORDER > SIZE:
             dk = _rotate(dk.to(TYPE), head_rotation)
-        key = _quantizer(grids, 1, BITS, CLAMPED)
+        key = _quantizer(grids, 1, grid_row, BITS, CLAMPED)
         dk, totals = _quantize_backward(dk, k, key, totals, 1, 0)
         dk = _rotate_back(dk.to(TYPE), head_rotation)
         _store_head(dk_ptr, tokens.number, head, heads, dk, SIZE)
         dv = _rotate(dv.to(TYPE), value_rotation)
-        value = _quantizer(grids, 2, BITS, CLAMPED)
+        value = _quantizer(grids, 2, grid_row, BITS, CLAMPED)
         dv, totals = _quantize_backward(dv, v, value, totals, 2, 0)
         dv = _rotate_back(dv.to(TYPE), value_rotation)
         _store_head(dv_ptr, tokens.number, head, heads, dv, SIZE)
         tl.debug_barrier()  # what one thread wrote to table_parts another may read
     row = tl.arange(0, 16)
-    tl.store(parts_ptr + row * programs + program, totals, mask=row < 12)
+    if PER_HEAD:
+        to = ((row // 3 * heads + head) * 3 + row % 3) * step + first
+    else:
+        to = row * programs + program
+    tl.store(parts_ptr + to, totals, mask=row < 12)
 
 
 @triton.jit
@@ -492,7 +501,7 @@ def _bias_table_bwd_kernel(
 # --- Host ----------------------------------------------------------------------------------------
 
 
-def _settings(q, heads, window, shift, rotations, bits, clamped, rows) -> dict:
+def _settings(q, heads, window, shift, rotations, scalars, bits, clamped, rows) -> dict:
     """The constants of both kernels."""
     size, tokens = q.shape[3] // heads, window * window
     orders = [
@@ -510,6 +519,7 @@ def _settings(q, heads, window, shift, rotations, bits, clamped, rows) -> dict:
         "SLICE": SLICE,
         "BITS": tuple(bits),
         "CLAMPED": tuple(clamped),
+        "PER_HEAD": scalars[0].numel() > 1,
         "num_warps": WARPS,
     }
 
@@ -526,6 +536,7 @@ def _readable(*tensors: Tensor) -> tuple[list[Tensor], tuple]:
 
 
 def _in_fours(scalars: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
+    scalars = [scalar.contiguous() for scalar in scalars]
     return tuple(tuple(scalars[i : i + 4]) for i in range(0, len(scalars), 4))
 
 
@@ -551,7 +562,7 @@ def _forward(
     batch, height, width, _ = q.shape
     windows = batch * (height // window) * (width // window)
     rotations = head_rotation, value_rotation, token_rotation
-    settings = _settings(q, heads, window, shift, rotations, bits, clamped, ROWS_FORWARD)
+    settings = _settings(q, heads, window, shift, rotations, scalars, bits, clamped, ROWS_FORWARD)
     columns = heads * (window * window // settings["ROWS"])
     inputs, strides = _readable(q, k, v)
     with on_device_of(q):
@@ -593,12 +604,14 @@ def _backward(
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     d_table = table.new_empty(table.shape if with_table else (0,), dtype=torch.float32)
     if q.numel() == 0:
-        return dq, dk, dv, q.new_zeros((4, 4, 1), dtype=torch.float32), d_table.zero_()
+        none = q.new_zeros((4, 4, scalars[0].numel()), dtype=torch.float32)
+        return dq, dk, dv, none, d_table.zero_()
     batch, height, width, _ = q.shape
     windows = batch * (height // window) * (width // window)
     rotations = head_rotation, value_rotation, token_rotation
     programs = _programs(q, heads, windows, PROGRAMS_BACKWARD)
-    parts = q.new_empty((4, 1, 3, programs), dtype=torch.float32)
+    rows = scalars[0].numel()
+    parts = q.new_empty((4, rows, 3, programs // rows), dtype=torch.float32)
     table_parts = None
     if with_table:
         table_parts = parts.new_empty((programs // heads, heads, window**2, window**2))
@@ -621,7 +634,7 @@ def _backward(
             width,
             heads,
             windows,
-            **_settings(q, heads, window, shift, rotations, bits, clamped, ROWS_BACKWARD),
+            **_settings(q, heads, window, shift, rotations, scalars, bits, clamped, ROWS_BACKWARD),
         )
         if table_parts is not None:
             _bias_table_bwd_kernel[(triton.cdiv(len(table), ENTRIES) * heads,)](
@@ -656,11 +669,11 @@ def _(q, *_arguments):
 
 
 @_quant_window_attention_backward.register_fake
-def _(grad, q, k, v, table, *arguments):
+def _(grad, q, k, v, table, scalars, *arguments):
     with_table = arguments[-1]
     return (
         *(q.new_empty(q.shape) for _ in range(3)),
-        q.new_empty((4, 4, 1), dtype=torch.float32),
+        q.new_empty((4, 4, scalars[0].numel()), dtype=torch.float32),
         table.new_empty(table.shape if with_table else (0,), dtype=torch.float32),
     )
 
@@ -687,6 +700,8 @@ _quant_window_attention.register_autograd(_differentiate, setup_context=_setup_c
 
 
 def _quantize_tensor(x: Tensor, rotation: Tensor | None, grid: Grid) -> Tensor:
+    if rotation is not None and grid.lower.numel() > 1:
+        x, rotation = x @ rotation, None
     if rotation is None:
         return fake_quantize(x, *grid[:4], bits=grid.bits, codes=grid.codes)
     return hadamard_fake_quantize(x, rotation, [grid])[0]
@@ -752,7 +767,10 @@ def quant_window_attention(
     largest = LARGEST_ROTATED if rotated and q.dtype == torch.float32 else LARGEST
     if window not in WINDOWS or max(widths) > largest:
         return attend(*arguments, *rotations, quantize=_quantize_tensor, multiply=_multiply)
-    scalars = [scalar for grid in grids for scalar in check_scalars(q, *grid[:4])]
+    a_head = q.new_empty((heads, 1, 1))  # what has scalars of its own
+    scalars = [scalar for grid in grids for scalar in check_scalars(a_head, *grid[:4])]
+    if any(scalar.numel() > 1 for scalar in scalars):
+        scalars = [scalar.expand(a_head.shape) for scalar in scalars]
     if q.shape[:3].numel() >= 2**31:
         raise ValueError(
             f"q: no kernel for {q.shape[:3].numel()} tokens; split the batch below 2^31 tokens"
@@ -767,18 +785,20 @@ def quant_window_attention(
 def examples():
     """Calls that `aot.py` compiles the kernels of."""
     for dtype in (torch.float32, torch.bfloat16):
-        for size, order, head_rotated, token_rotated, shift in (
-            (10, 10, False, True, 0),
-            (10, 10, True, True, 4),
-            (10, 16, True, True, 4),
-            (32, 32, False, False, 4),
+        for size, order, head_rotated, token_rotated, shift, per_head in (
+            (10, 10, False, True, 0, False),
+            (10, 10, False, True, 4, True),
+            (10, 10, True, True, 4, False),
+            (10, 16, True, True, 4, False),
+            (32, 32, False, False, 4, False),
         ):
             q = torch.empty(16, 64, 64, 6 * size, dtype=dtype)
             head = torch.empty(size, order) if head_rotated else None
             token = torch.empty(64, 64) if token_rotated else None
-            arguments = (q, q, q, torch.empty(225, 6), [torch.empty(())] * 16, head, head, token)
+            scalars = [torch.empty((6, 1, 1) if per_head else ())] * 16
+            arguments = q, q, q, torch.empty(225, 6), scalars, head, head, token
             settings = 6, 8, shift, size**-0.5, [4] * 4, [True] * 4
             label = f"{str(dtype).removeprefix('torch.')} {size}" + f" to {order}" * head_rotated
-            label += " mixed" * token_rotated
+            label += " mixed" * token_rotated + " a head" * per_head
             yield label, lambda a=arguments, s=settings: _forward(*a, *s)
             yield label, lambda q=q, a=arguments, s=settings: _backward(q, *a, *s, with_table=True)

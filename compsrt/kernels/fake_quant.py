@@ -321,7 +321,8 @@ def fake_quantize(
 
     x: any shape, float32, float16 or bfloat16 (float64 by the reference). lower, upper, alpha,
     beta: one value, shape (), or one for each of x's leading entries, such as (C_out, 1) for a
-    scale per output channel of a weight (C_out, C_in); alpha and beta may be None. codes:
+    scale per output channel of a weight (C_out, C_in), or (copying x) of an inner axis, such as
+    (heads, 1, 1) for x (B, heads, M, K); alpha and beta may be None. codes:
     "clamped" (at most 2^bits levels) or "unclamped" (the published code, which does not bound its
     codes). Returns x's shape and type. Raises ValueError for bits outside 1 to 8, unknown codes,
     and scalars of another shape.
@@ -329,6 +330,13 @@ def fake_quantize(
     if not use_triton(x):
         return reference.fake_quantize(x, lower, upper, alpha, beta, bits=bits, codes=codes)
     reference.check_quantizer(bits, codes)
+    axis = x.dim() - lower.dim()
+    if lower.numel() > 1 and lower.dim() > 1 and axis > 0 and len(lower) == x.shape[axis]:
+        rows = x.movedim(axis, 0)
+        shape = (-1, *[1] * (x.dim() - 1))
+        more = (None if s is None else s.view(shape) for s in (alpha, beta))
+        bounds = lower.view(shape), upper.view(shape)
+        return fake_quantize(rows, *bounds, *more, bits=bits, codes=codes).movedim(0, axis)
     scalars = check_scalars(x, lower, upper, alpha, beta)
     return _fake_quantize(x, *scalars, bits, codes == "clamped")
 

@@ -173,6 +173,7 @@ def layer_of(
         values, form = weight.codes, PACKED if weight.pattern == "unstructured" else PACKED_2_4
     else:
         values, form = weight.values, FLOATS if weight.values.is_floating_point() else CODES
+    assert weight.grid is not None
     of_weight = _scalars("weight_", values, weight.grid)
     if isinstance(weight, PackedWeight):
         of_weight = {name: scalar.detach() for name, scalar in of_weight.items()}
@@ -198,8 +199,15 @@ def layer_of(
     )
 
 
-def fits(x: Tensor, grid: Grid | None, rotation: Tensor | None) -> bool:
+def fits(
+    x: Tensor,
+    grid: Grid | None,
+    rotation: Tensor | None,
+    weight: QuantWeight | PackedWeight,
+) -> bool:
     """Whether the kernels hold a layer."""
+    if weight.grid is None:
+        return False
     if rotation is not None and (padded(rotation) or rotation.shape[1] > LARGEST):
         return False
     return x.shape[-1] <= LARGEST and (grid is None or grid.lower.numel() == 1)
@@ -213,9 +221,9 @@ def _run(x: Tensor, layer: Layer, rules: Rules, eps: float, residual: Tensor | N
 
 def _weight(weight: QuantWeight | PackedWeight, dtype: torch.dtype) -> Tensor:
     """W^ (N, K'), by kernels where it has gradients."""
-    if isinstance(weight, PackedWeight) or not weight.values.is_floating_point():
-        return weight.quantized().to(dtype)
     grid = weight.grid
+    if isinstance(weight, PackedWeight) or grid is None or not weight.values.is_floating_point():
+        return weight.quantized().to(dtype)
     found = fake_quantize(weight.values, *grid[:4], bits=grid.bits, codes=grid.codes)
     return (found if weight.mask is None else found * weight.mask).to(dtype)
 
@@ -238,7 +246,7 @@ def masked_matmul(
     if not use_triton(x):
         return reference.masked_matmul(x, weight, bias=bias, residual=residual)
     check_linear(x, weight, bias=bias, residual=residual)
-    if not fits(x, None, None):
+    if not fits(x, None, None, weight):
         y = F.linear(x, _weight(weight, x.dtype), None if bias is None else bias.to(x.dtype))
         return y if residual is None else y + residual
     layer, rules = layer_of(x, weight, bias=bias)
@@ -269,7 +277,7 @@ def quant_linear(
     if not use_triton(x):
         return reference.quant_linear(x, grid, weight, **layers, residual=residual)
     check_linear(x, weight, grid=grid, **layers, residual=residual)
-    if fits(x, grid, rotation):
+    if fits(x, grid, rotation, weight):
         layer, rules = layer_of(x, weight, grid=grid, **layers)
         return _run(x, layer, rules, 0.0 if norm is None else norm.eps, residual)
     return _composed(x, grid, weight, **layers, residual=residual)

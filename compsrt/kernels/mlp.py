@@ -235,7 +235,10 @@ def quant_mlp(
     check_linear(x, fc1.weight, grid=fc1.grid, **of_fc1)
     hidden = x.new_empty((*x.shape[:-1], shape_of(fc1.weight)[0]), device="meta")
     check_linear(hidden, fc2.weight, grid=fc2.grid, **of_fc2, residual=x if residual else None)
-    if not (fits(x, fc1.grid, fc1.rotation) and fits(hidden, fc2.grid, fc2.rotation)):
+    if not (
+        fits(x, fc1.grid, fc1.rotation, fc1.weight)
+        and fits(hidden, fc2.grid, fc2.rotation, fc2.weight)
+    ):
         y = quant_linear(x, fc1.grid, fc1.weight, **of_fc1)
         rest = x if residual else None
         return quant_linear(y, fc2.grid, fc2.weight, **of_fc2, residual=rest)

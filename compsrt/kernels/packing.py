@@ -7,10 +7,13 @@ bit i of the stream is bit i % 8 of byte i // 8, counted from the least signific
 
     byte 0: c1 c0 b2 b1 b0 a2 a1 a0        byte 1: 0 0 0 0 0 0 0 c2
 
-A mask is a stream of codes of one bit.
+A mask is a stream of codes of one bit. Tensors of different widths follow each other in one stream
+(`pack_parts`), with nothing filled up between them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,13 +52,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
     Raises ValueError for bits outside 1 to 8, another type, and codes that do not fit.
     """
-    _check_bits(bits)
-    if codes.dtype != torch.uint8:
-        raise ValueError(f"codes: they are {codes.dtype}, not uint8")
-    if codes.numel() and int(codes.max()) >= 2**bits:
-        raise ValueError(f"codes: {int(codes.max())} does not fit {bits} bits")
-    places = torch.arange(bits, dtype=torch.uint8, device=codes.device)
-    return pack_mask((codes.flatten()[:, None] >> places & 1).bool())
+    return pack_parts([(codes, bits)])
 
 
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -65,9 +62,47 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     """
     _check_bits(bits)
     _check_packed(packed, count, bits)
-    places = torch.arange(bits, dtype=torch.uint8, device=packed.device)
-    stream = unpack_mask(packed, count * bits).view(-1, bits).to(torch.uint8)
-    return (stream << places).sum(1, dtype=torch.uint8)
+    return unpack_parts(packed, [(count, bits)])[0]
+
+
+def pack_parts(parts: Iterable[tuple[Tensor, int]]) -> Tensor:
+    """Several tensors of codes, each with its bits, as one stream: (bytes,) uint8.
+
+    Raises ValueError for no parts and as `pack_codes`.
+    """
+    streams = [_stream(codes, bits) for codes, bits in parts]
+    if not streams:
+        raise ValueError("parts: there are none; pass one tensor of codes at least")
+    return pack_mask(torch.cat(streams))
+
+
+def unpack_parts(packed: Tensor, parts: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """The inverse of `pack_parts`, for (count, bits) of each part: (count,) uint8 each.
+
+    Raises ValueError as `unpack_codes`.
+    """
+    for _, bits in parts:
+        _check_bits(bits)
+    counts = [count * bits for count, bits in parts]
+    streams = unpack_mask(packed, sum(counts)).split(counts)
+    return [_codes(stream, bits) for stream, (_, bits) in zip(streams, parts, strict=True)]
+
+
+def _stream(codes: Tensor, bits: int) -> Tensor:
+    """(N,) codes -> (N bits,) bool."""
+    _check_bits(bits)
+    if codes.dtype != torch.uint8:
+        raise ValueError(f"codes: they are {codes.dtype}, not uint8")
+    if codes.numel() and int(codes.max()) >= 2**bits:
+        raise ValueError(f"codes: {int(codes.max())} does not fit {bits} bits")
+    places = torch.arange(bits, dtype=torch.uint8, device=codes.device)
+    return (codes.flatten()[:, None] >> places & 1).bool().flatten()
+
+
+def _codes(stream: Tensor, bits: int) -> Tensor:
+    """The inverse of `_stream`."""
+    places = torch.arange(bits, dtype=torch.uint8, device=stream.device)
+    return (stream.view(-1, bits).to(torch.uint8) << places).sum(1, dtype=torch.uint8)
 
 
 def _check_bits(bits: int) -> None:

@@ -33,17 +33,22 @@ class QuantConv2d(nn.Module):
 
     bias: nn.Parameter
 
-    def __init__(self, convolution: nn.Conv2d, spec: QuantSpec):
+    def __init__(self, convolution: nn.Conv2d, spec: QuantSpec, bits: int | None = None):
         super().__init__()
         kernel = convolution.weight.detach()
         self.shape = kernel.shape[1:]
         self.weight = SymmetricWeightQuantizer(
-            kernel.flatten(1).clone(), spec.bits_of_weights, spec
+            kernel.flatten(1).clone(), bits or spec.bits_of_weights, spec
         )
         assert convolution.bias is not None
         self.bias = nn.Parameter(
             convolution.bias.detach().clone(), requires_grad=METHODS[spec.method].weights
         )
+
+    def operand(self, x: Tensor) -> Tensor:
+        """What the weight is multiplied with, as rows (N, C_in k k). x: (B, C_in, H, W)."""
+        side = self.shape[-1]
+        return F.unfold(x, side, padding=side // 2).mT.flatten(0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         kernel = self.weight().unflatten(1, self.shape)
@@ -103,6 +108,7 @@ def swap_body(model: sesr.SESR, spec: QuantSpec) -> nn.Module:
     first = next(model.parameters())
     for name, quantizer in named_quantizers(model):
         quantizer.to(first.device, first.dtype).site = name
+        quantizer.bits = spec.bits_of(name, quantizer.bits)
     quantized.spec = spec
     round_to_storage(model)
     return model

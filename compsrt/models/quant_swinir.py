@@ -13,7 +13,9 @@ multiplied in the rotated domain, because (X T)(W T)^T = X W^T. Four ops of `ker
 A padded transform (order > size) is no rotation of the coefficients it adds, so there the
 projection T^T T stands between two quantized operands; the ops see to it.
 
-So a block is trained and its levels are counted. What is only run is folded (`set_arithmetic`): all
+With `spec.convolution_bits` the weights of the convolutions are quantized too, their inputs are not.
+
+So a network is trained and its levels are counted. What is only run is folded (`set_arithmetic`): all
 that does not depend on the tokens becomes a few matrices, and a block one op,
 `kernels.quant_swin_block`.
 """
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..kernels.reference.attention import attend, rotate
 from ..kernels.reference.linear import padded, project
+from ..learned_rotation import LearnedRotation
 from ..quantization import (
     METHODS,
     Quantizer,
@@ -40,7 +43,8 @@ from ..quantization import (
 )
 from ..transforms import next_power_of_two, transform_matrix
 from . import swinir
-from .layers import HALVES, wide
+from .layers import HALVES, convolve, wide
+from .quant_sesr import QuantConv2d
 from .replay import Replay
 
 # How a block computes. "reference": quantizer by quantizer, as it is trained; "fold": codes times
@@ -52,10 +56,17 @@ ARITHMETICS = ("auto", "fold", "integer", "reference")
 class QuantLinear(nn.Module):
     """y = fq(x T) W^^T + bias; W^ as its WeightQuantizer gives it, T `rotation` or None."""
 
-    rotation: Tensor | None
+    start: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, transform: str, spec: QuantSpec):
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        transform: str,
+        spec: QuantSpec,
+        turn: LearnedRotation | None = None,
+    ):
         super().__init__()
         out, size = weight.shape
         matrix = transform_matrix(transform, size, spec.seed)
@@ -63,6 +74,7 @@ class QuantLinear(nn.Module):
         rotated = weight.double() if matrix is None else weight.double() @ matrix
         padded = matrix is not None and matrix.shape[0] != matrix.shape[1]
         self.input = Quantizer(spec.bits_of_activations, spec, searched=size if padded else None)
+        self.input.products = out
         self.weight = WeightQuantizer(
             rotated.to(weight.dtype),
             spec.bits_of_weights,
@@ -71,14 +83,31 @@ class QuantLinear(nn.Module):
         )
         self.bias = None if bias is None else nn.Parameter(bias, METHODS[spec.method].weights)
         matrix = None if matrix is None else matrix.to(weight.dtype).contiguous()
-        self.register_buffer("rotation", matrix, persistent=False)
+        self.register_buffer("start", matrix, persistent=False)
+        object.__setattr__(self.weight, "turn", turn)
+
+    @property
+    def rotation(self) -> Tensor | None:
+        """What x is rotated with; it requires gradients while it is learned."""
+        if self.start is None or self.weight.turn is None:
+            return self.start
+        return self.start @ self.weight.turn()
 
     def layer(self) -> kernels.QuantLayer:
         """The arguments of `kernels.quant_linear`."""
-        held = self.weight.rotated if self.weight.integers is None else self.weight.integers
-        assert held is not None
-        weight = kernels.QuantWeight(held, self.weight.grid(), self.weight.mask)
+        site = self.weight
+        if site.lower.dim() and len(site.lower) != site.size[0]:
+            # Scales finer than a row are in no kernel's reach: it takes the quantized weight.
+            weight = kernels.QuantWeight(site(), None, None)
+        else:
+            weight = kernels.QuantWeight(site.held, site.grid(), site.mask)
         return kernels.QuantLayer(self.input.grid(), weight, self.bias, self.rotation)
+
+    def operand(self, x: Tensor) -> Tensor:
+        """What the weight is multiplied with, as rows (N, K'). x: (..., K'), rotated."""
+        if self.rotation is not None and padded(self.rotation):
+            x = project(x, self.rotation)
+        return x.flatten(0, -2)
 
     def observed(self, x: Tensor) -> Tensor:
         """The same in pieces, so that the sites see their inputs. x: (..., K), rotated."""
@@ -102,13 +131,26 @@ class QuantSwinBlock(nn.Module):
         self.heads, self.head_dim = attention.heads, attention.head_dim
         first = attention.qkv.weight
 
+        self.turns = nn.ModuleDict()
+
+        def turn(group: str, size: int) -> LearnedRotation | None:
+            """What one group's rotation is turned by while it is learned."""
+            if spec.transform_of(name, group) != "learned":
+                return None
+            if group not in self.turns:
+                turn = LearnedRotation(size, bool(METHODS[spec.method].learn))
+                self.turns[group] = turn.to(first.device, first.dtype)
+            turn: Any = self.turns[group]
+            return turn
+
         def linear(layer: nn.Linear, group: str, part: int | None = None) -> QuantLinear:
             tensors = [layer.weight, layer.bias]
             if part is not None:
                 tensors = [None if t is None else t.chunk(3)[part] for t in tensors]
             weight, bias = (None if t is None else t.detach().clone() for t in tensors)
             assert weight is not None
-            return QuantLinear(weight, bias, spec.transform_of(name, group), spec)
+            transform = spec.transform_of(name, group)
+            return QuantLinear(weight, bias, transform, spec, turn(group, weight.shape[1]))
 
         def activation(key: str, group: str, size: int) -> Quantizer:
             """The site of an operand of attention; its rotation is the buffer of that key."""
@@ -116,16 +158,23 @@ class QuantSwinBlock(nn.Module):
             padded = matrix is not None and matrix.shape[0] != matrix.shape[1]
             matrix = None if matrix is None else matrix.to(first).contiguous()
             self.register_buffer(key, matrix, persistent=False)
-            return Quantizer(spec.bits_of_activations, spec, searched=size if padded else None)
+            shape = (self.heads, 1, 1) if spec.per_head else ()
+            searched = size if padded else None
+            return Quantizer(spec.bits_of_activations, spec, shape, searched)
 
         self.norm1 = block.norm1
         self.q = linear(attention.qkv, "qkv", 0)
         self.k = linear(attention.qkv, "qkv", 1)
         self.v = linear(attention.qkv, "qkv", 2)
+        turn("query_key", self.head_dim)
+        turn("value", self.head_dim)
         self.query = activation("rotate_head", "query_key", self.head_dim)
         self.key = activation("rotate_head", "query_key", self.head_dim)
         self.value = activation("rotate_value", "value", self.head_dim)
         self.attention = activation("rotate_token", "attention", self.window**2)
+        for site in (self.query, self.key, self.value):
+            site.products = self.window**2
+        self.attention.products = self.head_dim
         self.relative_position_bias_table = attention.relative_position_bias_table
         self.proj = linear(attention.proj, "proj")
         self.norm2 = block.norm2
@@ -172,11 +221,49 @@ class QuantSwinBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.query.observer is not None:
-            return self._observed(x)
+            return self.observed(x)
         if self._folded is not None and not (x.requires_grad and torch.is_grad_enabled()):
             return kernels.quant_swin_block(x, self._folded)
+        tokens, norm, rotation = _rotated(x, self.norm1, self.q.rotation)
         layers = [linear.layer()._replace(rotation=None) for linear in (self.q, self.k, self.v)]
-        q, k, v = kernels.quant_linears(x, layers, norm=_norm(self.norm1), rotation=self.q.rotation)
+        q, k, v = kernels.quant_linears(tokens, layers, norm=norm, rotation=rotation)
+        y = self._attend(q, k, v)
+        tokens, _, rotation = _rotated(y, None, self.proj.rotation)
+        layer = self.proj.layer()._replace(rotation=rotation)
+        x = kernels.quant_linear(tokens, **layer._asdict(), residual=x)
+        if not self._learns("fc1", "fc2"):
+            layers = self.fc1.layer(), self.fc2.layer()
+            return kernels.quant_mlp(x, *layers, norm=_norm(self.norm2), residual=True)
+        tokens, norm, rotation = _rotated(x, self.norm2, self.fc1.rotation)
+        layer = self.fc1.layer()._replace(rotation=rotation)
+        hidden = kernels.quant_linear(tokens, **layer._asdict(), norm=norm, activation="gelu")
+        tokens, _, rotation = _rotated(hidden, None, self.fc2.rotation)
+        layer = self.fc2.layer()._replace(rotation=rotation)
+        return kernels.quant_linear(tokens, **layer._asdict(), residual=x)
+
+    def _learns(self, *groups: str) -> bool:
+        """Whether gradients of any of these rotations are asked for: no op gives them."""
+        learned = [self.turns[group] for group in groups if group in self.turns]
+        asked = any(p.requires_grad for turn in learned for p in turn.parameters())
+        return asked and torch.is_grad_enabled()
+
+    def _rotations(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of head, value and token, as they are now."""
+        rotations = {"query_key": self.rotate_head, "value": self.rotate_value}
+        for group, turn in self.turns.items():
+            if group in rotations:
+                rotations[group] = rotations[group] @ turn()
+        return rotations["query_key"], rotations["value"], self.rotate_token
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        head, value, token = self._rotations()
+        back = None
+        if self._learns("query_key"):
+            q, k = (_rotate_heads(x, head, self.heads) for x in (q, k))
+            head = None
+        if self._learns("value"):
+            assert value is not None
+            v, back, value = _rotate_heads(v, value, self.heads), value.mT, None
         y = kernels.quant_window_attention(
             q,
             k,
@@ -187,16 +274,16 @@ class QuantSwinBlock(nn.Module):
             window=self.window,
             shift=self.shift,
             scale=self.head_dim**-0.5,
-            head_rotation=self.rotate_head,
-            value_rotation=self.rotate_value,
-            token_rotation=self.rotate_token,
+            head_rotation=head,
+            value_rotation=value,
+            token_rotation=token,
         )
-        x = kernels.quant_linear(y, **self.proj.layer()._asdict(), residual=x)
-        layers = self.fc1.layer(), self.fc2.layer()
-        return kernels.quant_mlp(x, *layers, norm=_norm(self.norm2), residual=True)
+        return _rotate_heads(y, back, self.heads)
 
+    @torch.no_grad()
     def folded(self, mode: str = "fold", dtype: torch.dtype = torch.float32) -> kernels.FoldedBlock:
         """The block as `kernels.quant_swin_block` runs it at inference; see `kernels.fold_block` for errors."""
+        head, value, token = self._rotations()
         return kernels.fold_block(
             [linear.layer() for linear in (self.q, self.k, self.v)],
             self.proj.layer(),
@@ -210,9 +297,9 @@ class QuantSwinBlock(nn.Module):
             shift=self.shift,
             scale=self.head_dim**-0.5,
             rotation=self.q.rotation,
-            head_rotation=self.rotate_head,
-            value_rotation=self.rotate_value,
-            token_rotation=self.rotate_token,
+            head_rotation=head,
+            value_rotation=value,
+            token_rotation=token,
             mode=mode,
             dtype=dtype,
         )
@@ -220,8 +307,8 @@ class QuantSwinBlock(nn.Module):
     def _attention_sites(self) -> tuple[Quantizer, ...]:
         return self.query, self.key, self.value, self.attention
 
-    def _observed(self, x: Tensor) -> Tensor:
-        """The block in pieces, so that every site sees its input."""
+    def observed(self, x: Tensor) -> Tensor:
+        """The block in pieces, so that every site sees its input; one without observer quantizes."""
         tokens = rotate(self.norm1(x), self.q.rotation)
         q, k, v = (linear.observed(tokens) for linear in (self.q, self.k, self.v))
         y = attend(
@@ -234,9 +321,7 @@ class QuantSwinBlock(nn.Module):
             self.window,
             self.shift,
             self.head_dim**-0.5,
-            self.rotate_head,
-            self.rotate_value,
-            self.rotate_token,
+            *self._rotations(),
             quantize=_observe,
             multiply=_multiply_observed,
         )
@@ -264,6 +349,20 @@ def _norm(norm: nn.LayerNorm) -> kernels.LayerNormWeights:
     return kernels.LayerNormWeights(norm.weight, norm.bias, norm.eps)
 
 
+def _rotated(
+    x: Tensor, norm: nn.LayerNorm | None, rotation: Tensor | None
+) -> tuple[Tensor, kernels.LayerNormWeights | None, Tensor | None]:
+    """What an op is given: x, its norm and rotation, or, if that is being learned, the product."""
+    if rotation is not None and rotation.requires_grad:
+        return (x if norm is None else norm(x)) @ rotation, None, None
+    return x, None if norm is None else _norm(norm), rotation
+
+
+def _rotate_heads(x: Tensor, rotation: Tensor | None, heads: int) -> Tensor:
+    """Every head of x (B, H, W, heads * d) times the rotation (d, d)."""
+    return x if rotation is None else rotate(x.unflatten(-1, (heads, -1)), rotation).flatten(-2)
+
+
 def _observe(x: Tensor, rotation: Tensor | None, site: Quantizer) -> Tensor:
     return site(rotate(x, rotation))
 
@@ -273,6 +372,33 @@ def _multiply_observed(
 ) -> Tensor:
     # A site sees (..., tokens, channels); keys arrive the other way round.
     return _observe(a, rotation, a_site) @ (b if b_site is None else b_site(b.mT).mT)
+
+
+class _WeightConv2d(QuantConv2d):
+    """A convolution with quantized weights and a float input, fused as `layers.convolve` is."""
+
+    def forward(self, x: Tensor, **fused: Any) -> Tensor:
+        site = self.weight
+        if site.integers is None or x.dtype == torch.float64:
+            return convolve(x, site().unflatten(1, self.shape), self.bias, **fused)
+        grid = site.grid()
+        scale = kernels.step_and_zero(*grid[:4], grid.bits)[0].flatten()
+        # The middle of the codes is 0: they are stored as they are and centred here.
+        codes = (site.integers.to(torch.int16) - (2 ** (site.bits - 1) - 1)).to(torch.int8)
+        codes = codes.unflatten(1, self.shape)
+        return convolve(x, codes, self.bias, scale=scale, **fused)
+
+
+def _swap_convolutions(model: nn.Module, spec: QuantSpec, bits: int) -> None:
+    """Quantize the weights of all convolutions, a scale for each output channel, never pruned.
+
+    Their inputs stay float, so this saves bytes and no multiplier.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Conv2d):
+            convolution = _WeightConv2d(module, spec, bits)
+            convolution.weight.prunable = False
+            model.set_submodule(name, convolution)
 
 
 def swap_blocks(model: swinir.SwinIR, spec: QuantSpec) -> nn.Module:
@@ -286,9 +412,12 @@ def swap_blocks(model: swinir.SwinIR, spec: QuantSpec) -> nn.Module:
     for name, parent, position, block in list(model.named_blocks()):
         assert isinstance(block, swinir.SwinBlock)
         parent[position] = QuantSwinBlock(block, spec, name)
+    if spec.convolution_bits is not None:
+        _swap_convolutions(model, spec, spec.convolution_bits)
     first = next(model.parameters())
     for name, quantizer in named_quantizers(model):
         quantizer.to(first.device, first.dtype).site = name
+        quantizer.bits = spec.bits_of(name, quantizer.bits)
     quantized: Any = model
     quantized.spec = spec
     round_to_storage(model)

@@ -42,7 +42,7 @@ def magnitude_mask(weight: Tensor, fraction: float, pattern: str = "unstructured
 def prune(model: nn.Module, fraction: float, pattern: str = "unstructured") -> None:
     """Give every weight site of a quantized model its mask; fraction 0 removes the masks."""
     for name, quantizer in named_quantizers(model):
-        if isinstance(quantizer, WeightQuantizer):
+        if isinstance(quantizer, WeightQuantizer) and quantizer.prunable:
             if quantizer.rotated is None:
                 raise ValueError(
                     f"{name}: a packed weight cannot be pruned; start from the float one"

@@ -91,9 +91,10 @@ def check_attention(
     for grid in grids:
         check_quantizer(grid.bits, grid.codes)
         for name, scalar in zip(Grid._fields, grid[:4], strict=False):
-            if scalar is not None and scalar.numel() != 1:
+            if scalar is not None and scalar.numel() != 1 and scalar.shape != (heads, 1, 1):
                 raise ValueError(
-                    f"{name}: shape {tuple(scalar.shape)}; attention takes one value a quantizer"
+                    f"{name}: shape {tuple(scalar.shape)}; attention takes one value a quantizer,"
+                    f" or one a head, {(heads, 1, 1)}"
                 )
             here += [] if scalar is None else [(name, scalar)]
     for name, rotation, size in (
@@ -183,7 +184,8 @@ def quant_window_attention(
     """Attention inside shifted windows of quantized queries, keys, values and probabilities.
 
     q, k, v: (B, H, W, heads * d), any floating type; table: relative-position bias
-    ((2 window - 1)^2, heads); grids: of query, key, value and attention, one value a scalar;
+    ((2 window - 1)^2, heads); grids: of query, key, value and attention, one value a scalar, or one
+    a head, (heads, 1, 1);
     head_rotation (of query and key), value_rotation: constants (d, n); token_rotation: (N, N').
     Returns (B, H, W, heads * d), the tokens at their own places. Gradients for q, k, v, table and
     the scalars. Raises ValueError for arguments that do not fit each other.

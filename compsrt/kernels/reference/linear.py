@@ -41,16 +41,19 @@ class QuantWeight(NamedTuple):
     """A weight and what quantizes it.
 
     values: (N, K'), rotated float weights, or their codes, uint8, one a byte; grid: scalars of
-    shape () or (N, 1); mask: (N, K') bool, False where a weight is pruned, or None.
+    shape () or (N, 1), or None for float values that are quantized already; mask: (N, K') bool,
+    False where a weight is pruned, or None.
     """
 
     values: Tensor
-    grid: Grid
+    grid: Grid | None
     mask: Tensor | None = None
 
     def quantized(self) -> Tensor:
         """W^ (N, K'), with gradients for float values and the scalars."""
-        if self.values.is_floating_point():
+        if self.grid is None:
+            weight = self.values
+        elif self.values.is_floating_point():
             weight = fake_quantize(
                 self.values, *self.grid[:4], bits=self.grid.bits, codes=self.grid.codes
             )
@@ -124,6 +127,8 @@ def pack_weight(weight: QuantWeight, pattern: str = "unstructured") -> PackedWei
         raise ValueError(f"pattern: {pattern!r} is unknown; one of {', '.join(PATTERNS)}")
     check_weight(weight)
     values, grid, mask = weight
+    if grid is None:
+        raise ValueError("weight: it has no grid, so no codes; its scales are finer than a row")
     if grid.codes != "clamped":
         raise ValueError("codes: unclamped codes need not fit their bits; use clamped ones")
     codes = values
@@ -170,7 +175,10 @@ class QuantLayer(NamedTuple):
 
 def check_weight(weight: QuantWeight | PackedWeight, name: str = "weight") -> None:
     """Raise ValueError unless the parts of a weight fit each other."""
-    check_quantizer(weight.grid.bits, weight.grid.codes)
+    if weight.grid is not None:
+        check_quantizer(weight.grid.bits, weight.grid.codes)
+    elif not weight.values.is_floating_point():
+        raise ValueError(f"{name}: codes need a grid; pass one, or float values")
     if isinstance(weight, PackedWeight):
         if weight.pattern not in PATTERNS:
             raise ValueError(
@@ -207,7 +215,7 @@ def check_weight(weight: QuantWeight | PackedWeight, name: str = "weight") -> No
         )
     if 0 in shape_of(weight):
         raise ValueError(f"{name}: its shape is {shape_of(weight)}; it needs one entry at least")
-    for scalar in weight.grid[:4]:
+    for scalar in () if weight.grid is None else weight.grid[:4]:
         if scalar is not None and tuple(scalar.shape) not in ((), (len(values), 1)):
             raise ValueError(
                 f"{name}: a scalar of its grid has shape {tuple(scalar.shape)}; use () or"
