@@ -80,7 +80,8 @@ def enlarge_photo(run: Tiled, photo: Photo, advance: Advance | None = None) -> P
         colours = np.repeat(colours[:, :, None], 3, axis=2)
     y = run(to_tensor(colours), advance)
     if photo.colours.ndim == 2:
-        y = (y * y.new_tensor(_LUMA)[:, None, None]).sum(1, keepdim=True).expand(-1, 3, -1, -1)
+        y = y.clamp(0, 1) * y.new_tensor(_LUMA)[:, None, None]
+        y = y.sum(1, keepdim=True).expand(-1, 3, -1, -1)
     large = to_image(y, photo.colours.dtype)
     return replace(
         photo,

@@ -77,29 +77,18 @@ def test_tiles_cover_every_pixel_with_weight_1(height, width, tile):
 
 
 def assert_tiles_agree(model, lr: np.ndarray, *, least: float) -> None:
-    """Tiles of 48 agree with the whole picture within `least` dB, and where they meet there is no
-    step that the whole picture has not: along no line between two columns or rows does the mean
-    difference of neighbours grow by more than it varies from line to line elsewhere."""
-    whole = enlarge(model, lr)
-    tiled = enlarge(model, lr, 48)
+    """Tiles of at most 48 agree with the whole picture within `least` dB, and there is no step
+    along their borders: between no two columns or rows does the mean difference grow by more than
+    a fifth of what it varies by in the whole picture."""
+    whole, tiled = enlarge(model, lr), enlarge(model, lr, 48)
     assert psnr(tiled, whole, crop=0, y_channel=False) >= least
-    borders = seams(lr.shape[1], model)
-    for turned in (False, True):
-        steps = [
-            np.abs(np.diff(image.swapaxes(0, 1) if turned else image, axis=1)).mean((0, 2))
-            for image in (whole.astype(float), tiled.astype(float))
-        ]
-        grown = np.abs(steps[1] - steps[0])[borders].max()
-        assert grown < 0.5 * steps[0].std(), f"a step of {grown:.2f} grey levels"
-
-
-def seams(size: int, model) -> list[int]:
-    """Before which enlarged pixels of a side of `size` a tile of 48 begins or ends, less 1."""
-    overlap = tiling.round_up(tiling.OVERLAP, model.window_size)
-    spans = tiling._spans(size, 48, overlap, model.window_size, model.scale)
-    places = [b for span in spans for b in (span.begin, span.end) if 0 < b < size]
-    # The fading begins and ends a quarter of the overlap away from there.
-    return [b * model.scale + move - 1 for b in places for move in (0, 8, -8)]
+    for axis in (0, 1):
+        before, after = (
+            np.abs(np.diff(image.astype(float), axis=axis)).mean((1 - axis, 2))
+            for image in (whole, tiled)
+        )
+        grown = np.abs(after - before).max() / before.std()
+        assert grown < 0.2, f"a step that is {grown:.2f} of the variation elsewhere"
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +108,7 @@ def test_tiles_leave_no_seams(nano, butterfly):
 def test_tiles_leave_no_seams_in_a_low_bit_model(nano, butterfly):
     spec = compsrt.QuantSpec(bits=4, method="minmax")
     model = compsrt.quantize(nano, spec, to_tensor(butterfly[:64, :64]))
-    assert_tiles_agree(model, butterfly, least=40)
+    assert_tiles_agree(model, butterfly, least=45)
 
 
 def test_tiles_leave_no_seams_in_sesr(butterfly):
@@ -131,7 +120,7 @@ def test_tiles_without_overlap_would_leave_seams(butterfly, monkeypatch):
     """What the tests above look for is there to be found."""
     model = load(Path(compsrt.__file__).parent / "assets/sesr_m5_x2.safetensors")
     monkeypatch.setattr(tiling, "OVERLAP", 1)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="a step"):
         assert_tiles_agree(model, butterfly, least=0)
 
 
