@@ -44,6 +44,11 @@ __all__ = [
 
 Picture = npt.NDArray[np.uint8]
 
+
+class UnsuitableError(ValueError):
+    """A sound picture of a kind that nothing here can be done with."""
+
+
 IMAGE_SUFFIXES = {
     ".png": "PNG",
     ".jpg": "JPEG",
@@ -225,6 +230,8 @@ def opened(path: Path) -> Iterator[ImageFile.ImageFile]:
             yield image
     except (MemoryError, PermissionError):
         raise
+    except UnsuitableError as error:
+        raise ValueError(f"{path}: {error}") from None
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: not a {', '.join(_FORMATS)} picture") from error
     except Image.DecompressionBombError as error:

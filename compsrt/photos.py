@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, ImageOps, TiffImagePlugin
 
-from .images import SAVE_OPTIONS, opened
+from .images import SAVE_OPTIONS, UnsuitableError, opened
 
 Plane = npt.NDArray[Any]  # uint8 or uint16
 
@@ -99,7 +99,7 @@ def read_photo(path: Path) -> Photo:
         deep = any(re.fullmatch(r"(?!I;).+;16[BLN]", rawmode) for rawmode in rawmodes)
         tags: Any = getattr(image, "tag_v2", {})  # of TIFF: bits a sample, planar configuration
         if 16 in tags.get(258, ()) and tags.get(284) == 2:
-            raise ValueError("16 bits a channel and one plane after another; interleave them")
+            raise UnsuitableError("16 bits a channel and one plane after another; interleave them")
         photo = from_image(image)
     if frames > 1:
         warnings.warn(f"{path}: the first of its {frames} frames is taken", stacklevel=2)
@@ -134,11 +134,13 @@ def from_image(image: Image.Image) -> Photo:
     upright = ImageOps.exif_transpose(image)
     mode = upright.mode
     if mode == "F":
-        raise ValueError("floating-point pictures have no fixed white; convert it to 8 bits")
+        raise UnsuitableError("floating-point pictures have no fixed white; convert it to 8 bits")
     if mode.startswith("I"):
         values = np.asarray(upright)
         if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"its values {values.min()}..{values.max()} do not fit into 16 bits")
+            raise UnsuitableError(
+                f"its values {values.min()}..{values.max()} do not fit into 16 bits"
+            )
         grey = values.astype(np.uint16)
         return Photo(grey, None if key is None else _all_but(grey, key), profile, exif)
     if mode in ("CMYK", "YCbCr", "LAB", "HSV"):

@@ -130,8 +130,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--dtype",
         choices=DTYPES,
         default="float32",
-        help="what the model computes in. Half precision is faster on GPUs; where float16 overflows"
-        " the picture is computed again in float32, with a line that says so",
+        help="what the model computes in; where float16 overflows the picture is computed again in"
+        " float32, with a line that says so",
     )
     machine = parser.add_argument_group("memory and device")
     machine.add_argument(
@@ -262,8 +262,8 @@ def _plan(inputs: list[str], output: Path, suffix: str) -> list[Job]:
         known = ", ".join(IMAGE_SUFFIXES)
         raise ValueError(f"--output {output}: neither a folder nor a picture file ({known})")
     jobs = []
-    for root, pictures in found:
-        if output.resolve() != root.resolve():
+    for word, (root, pictures) in zip(inputs, found, strict=True):
+        if output.resolve() != root.resolve() and not Path(word).is_file():
             # An output folder below the input folder holds the results of the last time.
             pictures = [path for path in pictures if output.resolve() not in path.resolve().parents]
         below = [path.relative_to(root) for path in pictures]
@@ -281,6 +281,8 @@ def _find(word: str) -> tuple[Path, list[Path]]:
     """The folder that an input begins at, and the pictures that it names below it."""
     from compsrt.data import IMAGE_SUFFIXES, find_images
 
+    if not word:
+        raise ValueError("INPUT: an empty name")
     path = Path(word)
     if os.path.lexists(path) or not glob.has_magic(word):
         return (path if path.is_dir() else path.parent), find_images(path)

@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
+import compsrt
 from compsrt import inference, tiling, upscale
-from compsrt.checkpoint import load, save_float
+from compsrt.checkpoint import load, save_float, save_packed
 from compsrt.cli import run
 from compsrt.inference import super_resolve
+from compsrt.models.edsr import EDSR, EDSRConfig
 from compsrt.models.swinir import SwinIR, SwinIRConfig
 
 
@@ -110,6 +112,9 @@ def test_16_bits_are_kept_where_the_format_allows(name, dtype, weights, tmp_path
 def test_a_suffix_may_be_chosen(weights, photos):
     assert enlarge(weights, photos / "a.png", "--output", photos, "--suffix", "_large") == 0
     assert "a_large.png" in files(photos)
+    # One picture may go to any folder, one above it too.
+    assert enlarge(weights, photos / "below" / "clear.png", "--output", photos) == 0
+    assert "clear_x2.png" in files(photos)
 
 
 def test_nothing_is_overwritten_without_force(weights, photos, tmp_path, capsys):
@@ -265,12 +270,41 @@ def test_half_precision_that_overflows_goes_on_in_float32(
         assert (tmp_path / "half" / name).read_bytes() == expected
 
 
+@pytest.fixture(scope="module")
+def networks(weights, tmp_path_factory) -> dict[str, str]:
+    """A file of every family, float, and packed where there is such a form."""
+    folder = tmp_path_factory.mktemp("networks")
+    torch.manual_seed(0)
+    edsr = EDSR(EDSRConfig.uniform(2, blocks=2, channels=8))
+    save_float(edsr, folder / "edsr.safetensors")
+    packed = compsrt.quantize(load(weights), compsrt.QuantSpec(bits=4), torch.rand(1, 3, 16, 16))
+    save_packed(packed, folder / "packed.safetensors")
+    names = {name: str(folder / f"{name}.safetensors") for name in ("edsr", "packed")}
+    assets = Path(compsrt.__file__).parent / "assets"
+    names |= {
+        name: str(assets / f"{name}.safetensors") for name in ("sesr_m3_x2", "sesr_m5_x2_8bit")
+    }
+    return {"swinir": weights, **names}
+
+
+@pytest.mark.parametrize("name", ["edsr", "packed", "sesr_m3_x2", "sesr_m5_x2_8bit"])
+def test_every_family_goes_through_the_same_command(name, networks, photos, tmp_path):
+    picture = photos / "a.png"
+    noise = np.random.default_rng(0).integers(0, 256, (50, 61, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(picture)
+    words = [networks[name], picture, "--tile", "40", "--output"]
+    assert enlarge(*words, tmp_path / "b.png") == 0
+    assert enlarge(*words, tmp_path / "c.png", "--self-ensemble") == 0
+    assert facts(tmp_path / "b.png") == facts(tmp_path / "c.png") == ("RGB", (122, 100))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_is_close(dtype, weights, photos, tmp_path):
+@pytest.mark.parametrize("name", ["swinir", "edsr", "sesr_m3_x2"])
+def test_half_precision_is_close(name, dtype, networks, photos, tmp_path):
     words = ["--output", tmp_path / "b.png", "--dtype", dtype]
-    assert enlarge(weights, photos / "a.png", *words) == 0
+    assert enlarge(networks[name], photos / "a.png", *words) == 0
     with Image.open(tmp_path / "b.png") as large, Image.open(photos / "a.png") as image:
-        expected = np.asarray(super_resolve(load(weights), image)).astype(int)
+        expected = np.asarray(super_resolve(load(networks[name]), image)).astype(int)
         assert abs(np.asarray(large) - expected).max() <= 4
 
 
@@ -309,6 +343,7 @@ def test_auto_takes_tiles_where_the_memory_is_small(weights, photos, tmp_path, m
         (["photos/a.png", "--output", "photos/a.png", "--force"], "that is read"),
         (["photos", "--output", "photos", "--suffix", "", "--force"], "that is read"),
         (["photos/a.png", "--output", "b.png", "--batch", "0"], "--batch: 0 is less than 1"),
+        (["", "--output", "out"], "INPUT: an empty name"),
         (["photos/a.png", "--output", "weights/b.png"], "weights: not a folder"),
         (["photos/a.png", "--output", "out", "--suffix", "a/b"], "--suffix a/b"),
         (
