@@ -11,7 +11,8 @@ The contract of every command, kept here and nowhere else:
 * stdout is for people, except its last line: the returned dictionary as one JSON object. Numbers
   that are not finite become null.
 * what the user can mend (a wrong value, a missing file, a full disk, too little memory) is one line
-  on stderr, ``compsrt.NAME: error: ...``, and exit code 2. A traceback means a fault of ours and
+  on stderr, ``compsrt.NAME: error: ...``, and exit code 2 (a line each where `SeveralErrors` are
+  raised). A traceback means a fault of ours and
   exit code 1. ``COMPSRT_DEBUG=1`` shows the traceback of the former too.
 * warnings are one line each on stderr, ``compsrt.NAME: warning: ...``.
 * an interrupt (Ctrl-C) is exit code 130, a reader that went away (``| head``) 141.
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+
+DTYPES = ("float32", "float16", "bfloat16")  # what --dtype offers
 
 # --- arguments ------------------------------------------------------------------------------------
 
@@ -211,20 +214,29 @@ def run(
             _abandon_stdout()
             return 141
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            message = _explain(error)
+            message = explain(error)
             if message is None:
                 raise
             if _debugging():
                 traceback.print_exc()
-            _say(f"{name}: error: {_one_line(message)}")
+            for line in error.messages if isinstance(error, SeveralErrors) else [message]:
+                _say(f"{name}: error: {_one_line(line)}")
             _abandon_stdout()
             return 2
     return 0
 
 
-def _explain(error: Exception) -> str | None:
+class SeveralErrors(ValueError):
+    """What went wrong with parts of the work while the rest was done: one line each."""
+
+    def __init__(self, messages: Sequence[str]):
+        super().__init__("; ".join(messages))
+        self.messages = tuple(messages)
+
+
+def explain(error: Exception) -> str | None:
     """What to tell the user about an error that is his to mend; None if it is ours."""
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         size = re.search(r"to allocate (\d[\d.]* \w+)", str(error))
         wanted = f" ({size[1]} more were asked for)" if size else ""
         return f"out of memory{wanted}; smaller tiles, pictures or batches need less"
@@ -240,15 +252,17 @@ def _explain(error: Exception) -> str | None:
     return None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory was asked for in vain, on the host or on a device."""
     if isinstance(error, MemoryError):
         return True
     # No error of torch without torch, so there is no need to import it for this.
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
-    # On a CPU torch raises a plain RuntimeError that names its allocator.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    # On a CPU torch raises a plain RuntimeError that names its allocator; so do CUDA's libraries.
+    signs = ("DefaultCPUAllocator", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def _running_module() -> str:
@@ -381,8 +395,11 @@ def progress(
     description: str = "",
     unit: str = "it",
     initial: int = 0,
+    unit_scale: bool = False,
 ) -> tqdm:
     """A progress bar on stderr that leaves nothing behind; silent where stderr is no terminal.
+
+    unit_scale: large numbers as thousands and millions of the unit.
 
     With an iterable: iterate over the result. Without one: use it as a context manager and call its
     ``update(n)`` and ``set_postfix_str(text)``.
@@ -392,6 +409,7 @@ def progress(
         total=total,
         desc=description or None,
         unit=unit,
+        unit_scale=unit_scale,
         initial=initial,
         leave=False,
         disable=None,

@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compsrt.cli import ArgumentParser, run
+from compsrt.cli import DTYPES, ArgumentParser, run
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,6 +65,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=True,
         help="begin with a row for bicubic enlargement",
     )
+    what.add_argument(
+        "--self-ensemble",
+        action="store_true",
+        help="let every model enlarge the eight flips and rotations of a picture and take the mean",
+    )
+    what.add_argument(
+        "--agreement",
+        action="store_true",
+        help="say how far every other model's pictures are from those of the first MODEL: float,"
+        " fake-quantized and packed forms, data types, devices. Two columns: the least PSNR between"
+        " two pictures, and the most that their PSNR (against HR) differs",
+    )
     output = parser.add_argument_group("what to keep")
     output.add_argument(
         "--output",
@@ -93,7 +106,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     output.add_argument("--force", action="store_true", help="replace the report that is in DIR")
     machine = parser.add_argument_group("where")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    machine.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="what the models compute in"
+    )
     options = parser.parse_args(argv)
+    if options.agreement and len(options.models) < 2:
+        parser.error("--agreement needs at least two MODELs")
     if options.save_images and options.output is None:
         parser.error("--save-images needs --output, the folder to write them to")
     if options.force and options.report is None:
@@ -108,11 +126,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _evaluate(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
+    import torch
+
     from compsrt import checkpoint, data, report, scoring
 
     # What is wrong with the arguments is found before the first picture is enlarged.
     names = _short_names(options.models)
-    models = [checkpoint.load(path, ranks.device) for path in options.models]
+    dtype = getattr(torch, options.dtype)
+    models = [checkpoint.load(path, ranks.device, dtype) for path in options.models]
     scale = _scale(options.scale, dict(zip(options.models, models, strict=True)))
     sets = {
         name: data.find_pairs(folder, scale)
@@ -134,15 +155,39 @@ def _evaluate(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | Non
     candidates += zip(names, options.models, models, strict=True)
     rows: list[dict[str, Any]] = []
     pictures: list[dict[str, Any]] = []
-    for name, path, model in candidates:
-        save = enlarged / name if enlarged else None
-        row, scores = scoring.score(name, model, sets, scale, path=path, ranks=ranks, save=save)
-        rows.append(row)
-        pictures += scores
+    with tempfile.TemporaryDirectory(prefix="compsrt-") as scratch:
+        for name, path, model in candidates:
+            save = enlarged / name if enlarged else None
+            against = None
+            if options.agreement and model is not None:
+                # The first model's pictures have to be somewhere for the others to be compared.
+                first = enlarged / names[0] if enlarged else Path(scratch)
+                save, against = (save or first, None) if name == names[0] else (save, first)
+            row, scores = scoring.score(
+                name,
+                model,
+                sets,
+                scale,
+                path=path,
+                ranks=ranks,
+                save=save,
+                against=against,
+                self_ensemble=options.self_ensemble,
+            )
+            rows.append(row)
+            pictures += scores
+    if options.agreement:
+        scoring.add_differences(rows, pictures, names[0])
     if not ranks.is_main:
         return None
     print(scoring.table(rows))
-    result = {"scale": scale, "device": str(ranks.device), "rows": rows}
+    result = {
+        "scale": scale,
+        "device": str(ranks.device),
+        "dtype": options.dtype,
+        "self_ensemble": options.self_ensemble,
+        "rows": rows,
+    }
     if output is not None:
         scoring.write(output, "evaluate", result, pictures)
     if page is not None and enlarged is not None:

@@ -8,8 +8,9 @@ dimension is resized by a sparse matrix: output sample i lies at u = (i + 1/2)/s
 input and is a weighted mean of the samples around it. The weights are Keys' cubic (a = -1/2),
 widened by 1/scale when reducing (antialiasing) and not when enlarging, and divided by their sum;
 beyond a border the picture is mirrored with its edge sample repeated. Height comes first, then
-width, and after each of the two the result is rounded half up to 8 bits. These two roundings are
-part of the definition: without the first one, a tenth of all samples differ.
+width, and after each of the two the result is rounded half up to 8 bits (to 16 in a
+picture of 16). These two roundings are part of the definition: without the first one, a tenth of
+all samples differ.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ __all__ = [
 
 Picture = npt.NDArray[np.uint8]
 
+
+class UnsuitableError(ValueError):
+    """A sound picture of a kind that nothing here can be done with."""
+
+
 IMAGE_SUFFIXES = {
     ".png": "PNG",
     ".jpg": "JPEG",
@@ -53,7 +59,7 @@ IMAGE_SUFFIXES = {
     ".tiff": "TIFF",
 }
 _FORMATS = tuple(sorted(set(IMAGE_SUFFIXES.values())))
-_SAVE_OPTIONS = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+SAVE_OPTIONS = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
 
 # Columns resized at a time: keeps the float64 copies at a few MB whatever the picture's size, and
 # costs no time (1 megapixel x 1/2 takes 8 ms with 1024 to 8192, 9 ms in one piece).
@@ -67,17 +73,18 @@ def imresize(image: Picture, scale: float) -> Picture:
     """Resizes a picture as MATLAB's antialiased bicubic `imresize` does, bit for bit.
 
     Args:
-        image: (H, W, 3) or (H, W), uint8.
+        image: (H, W, 3) or (H, W), uint8 or uint16.
         scale: size of the output over size of the input: 0.5 halves, 1 / 3 makes LR for x3.
 
     Returns:
-        (ceil(H * scale), ceil(W * scale), 3) or without the last dimension, uint8, a new array.
+        (ceil(H * scale), ceil(W * scale), 3) or without the last dimension, of the same type, a
+        new array.
 
     Raises:
-        ValueError: image not uint8, of another shape or empty; scale not positive and finite.
+        ValueError: image of another type or shape or empty; scale not positive and finite.
     """
-    if image.dtype != np.uint8:
-        raise ValueError(f"image must be uint8, got {image.dtype}")
+    if image.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"image must be uint8 or uint16, got {image.dtype}")
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3) or 0 in image.shape:
         raise ValueError(
             f"image must have the shape (H, W, 3) or (H, W), not empty, got {image.shape}"
@@ -89,16 +96,16 @@ def imresize(image: Picture, scale: float) -> Picture:
 
 
 def _resize_rows(image: Picture, scale: float) -> Picture:
-    """Resizes the first axis and rounds half up to uint8."""
+    """Resizes the first axis and rounds half up to integers."""
     size = math.ceil(len(image) * scale)
     matrix = _bicubic_matrix(len(image), size, scale)
     columns = np.ascontiguousarray(image).reshape(len(image), -1)
-    resized = np.empty((size, columns.shape[1]), np.uint8)
+    resized = np.empty((size, columns.shape[1]), image.dtype)
     for start in range(0, columns.shape[1], _COLUMNS_AT_ONCE):
         block = np.s_[:, start : start + _COLUMNS_AT_ONCE]
         values = matrix @ columns[block].astype(np.float64)
-        # Assigning to uint8 cuts the fraction off; with the half added that is floor(v + 1/2).
-        resized[block] = np.clip(values + 0.5, 0, 255)
+        # Assigning to integers cuts the fraction off; with the half added that is floor(v + 1/2).
+        resized[block] = np.clip(values + 0.5, 0, np.iinfo(image.dtype).max)
     return resized.reshape(-1, *image.shape[1:])
 
 
@@ -142,7 +149,7 @@ def read_image(path: str | os.PathLike[str]) -> Picture:
             for an attack; one line that names the file.
     """
     path = Path(path)
-    with _opened(path) as image:
+    with opened(path) as image:
         # "RGB;16B" and its kin: Pillow decodes them straight into 8 bits, and says nothing.
         deep = any(re.search(r";16[BLN]\b", str(tile[3])) for tile in image.tile)
         image.load()
@@ -189,7 +196,7 @@ def write_image(path: str | os.PathLike[str], image: Picture) -> None:
     file_format = IMAGE_SUFFIXES.get(path.suffix.lower(), "PNG")
     picture, options = (
         Image.fromarray(np.ascontiguousarray(image)),
-        _SAVE_OPTIONS.get(file_format, {}),
+        SAVE_OPTIONS.get(file_format, {}),
     )
     atomic_write(path, lambda file: picture.save(file, format=file_format, **options))
 
@@ -203,12 +210,12 @@ def header_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     Raises:
         FileNotFoundError, ValueError: as `read_image`.
     """
-    with _opened(Path(path)) as image:
+    with opened(Path(path)) as image:
         return image.height, image.width
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
+def opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     """The opened picture; what goes wrong, here or inside, becomes one line naming the file."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
@@ -223,6 +230,8 @@ def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
             yield image
     except (MemoryError, PermissionError):
         raise
+    except UnsuitableError as error:
+        raise ValueError(f"{path}: {error}") from None
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: not a {', '.join(_FORMATS)} picture") from error
     except Image.DecompressionBombError as error:
@@ -257,22 +266,28 @@ def _suffix_list() -> str:
 def to_tensor(
     image: Picture, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """A picture (H, W, 3) uint8 as a network's input: (1, 3, H, W) in [0, 1] on `device`, a copy.
+    """A picture (H, W, 3), uint8 or uint16, as a network's input: (1, 3, H, W) in [0, 1] on
+    `device`, a copy.
 
     Raises:
-        ValueError: not (H, W, 3) uint8.
+        ValueError: another shape or type.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"image must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
+    if image.dtype not in (np.uint8, np.uint16) or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(
+            f"image must be uint8 or uint16 (H, W, 3), got {image.dtype} {image.shape}"
+        )
     pixels = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C")).to(device)
+    if image.dtype == np.uint16:  # half precision does not reach 65535
+        return (pixels.unsqueeze(0).float() / 65535).to(dtype)
     return pixels.unsqueeze(0).to(dtype) / 255
 
 
-def to_image(tensor: torch.Tensor) -> Picture:
-    """A network's output as a picture: clipped to [0, 1], times 255, rounded; (H, W, 3) uint8.
+def to_image(tensor: torch.Tensor, dtype: Any = np.uint8) -> npt.NDArray[Any]:
+    """A network's output as a picture: clipped to [0, 1], times 255 (65535), rounded; (H, W, 3).
 
     Args:
         tensor: (1, 3, H, W) or (3, H, W), floating point, on any device.
+        dtype: of the picture, np.uint8 or np.uint16.
 
     Raises:
         ValueError: another shape, not floating point, or a NaN inside (half precision overflows in
@@ -288,5 +303,6 @@ def to_image(tensor: torch.Tensor) -> Picture:
     values = single.detach().to(torch.promote_types(tensor.dtype, torch.float32))
     if torch.isnan(values).any():
         raise ValueError("tensor holds NaN, it is no picture (did half precision overflow?)")
-    pixels = (values.clamp(0, 1) * 255).round().to(torch.uint8)
-    return pixels.permute(1, 2, 0).contiguous().cpu().numpy()
+    levels = (values.clamp(0, 1) * np.iinfo(dtype).max).round()
+    levels = levels.to(torch.uint8 if dtype == np.uint8 else torch.int32)
+    return levels.permute(1, 2, 0).contiguous().cpu().numpy().astype(dtype, copy=False)

@@ -23,6 +23,7 @@ from .quantization import quant_spec, quantizers
 # Side of the LR crop that levels are counted on: its 36 windows fill every level that there is.
 LEVELS_CROP = 48
 MACS_SIZE = 720, 1280  # of the output that multiply-adds are counted for
+Score = dict[str, Any]
 SCORES = ("psnr", "ssim", "milliseconds")
 
 
@@ -35,13 +36,17 @@ def score(
     path: str | Path | None = None,
     ranks: Ranks | None = None,
     save: Path | None = None,
+    against: Path | None = None,
+    self_ensemble: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One model (None: bicubic enlargement) on test sets: its row, and the values of every picture.
 
-    path: the model's file, for its bytes. save: folder for the pictures, as TEST/NAME.png. Errors
-    as `inference.evaluate_pairs`. The row: model, tests {name: psnr, ssim}, milliseconds and, for a
-    model, all of `checkpoint.size_report`, levels counted over weights and activations, parameters,
-    and macs for an output of 1280 x 720.
+    path: the model's file, for its bytes. save: folder for the pictures, as TEST/NAME.png. against:
+    such a folder of another model. self_ensemble: as `tiling.self_ensemble`. Errors as
+    `inference.evaluate_pairs`. The row: model, tests {name: psnr, ssim}, milliseconds, with
+    `against` the least agreement (dB) of all pictures, and, for a model, all of
+    `checkpoint.size_report`, levels counted over weights and activations, parameters, and macs for
+    an output of 1280 x 720.
     """
     tests = {
         test: inference.evaluate_pairs(
@@ -50,6 +55,8 @@ def score(
             scale,
             ranks=ranks,
             save=save / test if save else None,
+            against=against / test if against else None,
+            self_ensemble=self_ensemble,
             description=f"{name}, {test}",
         )
         for test, pairs in sets.items()
@@ -62,6 +69,8 @@ def score(
         "tests": {test: means(scores, "psnr", "ssim") for test, scores in tests.items()},
         **means(pictures, "milliseconds"),
     }
+    if against is not None:
+        row["agreement"] = min(picture["agreement"] for picture in pictures)
     if model is not None:
         row |= checkpoint.size_report(model, path) | {"levels": _levels(model, sets, scale)}
         counted = count(model, *MACS_SIZE)
@@ -82,6 +91,18 @@ def score_all(
         rows.append(row)
         pictures += scores
     return rows, pictures
+
+
+def add_differences(rows: list[dict[str, Any]], pictures: list[Score], first: str) -> None:
+    """Give every row that has an agreement the psnr_difference: the most that the PSNR (dB, against
+    HR) of a picture differs from that of the model `first`."""
+    theirs = {(p["test"], p["name"]): p["psnr"] for p in pictures if p["model"] == first}
+    for row in rows:
+        if "agreement" in row:
+            mine = [p for p in pictures if p["model"] == row["model"]]
+            pairs = [(p["psnr"], theirs[p["test"], p["name"]]) for p in mine]
+            # Two infinities are no further apart.
+            row["psnr_difference"] = max(abs(a - b) if a != b else 0.0 for a, b in pairs)
 
 
 def means(scores: list[dict[str, Any]], *keys: str) -> dict[str, float]:
@@ -122,7 +143,7 @@ def columns(
     tests = list(rows[0]["tests"]) if rows else []
     headings = {"model": "model"}
     decimals = {"kB": 1, "bits_per_weight": 2, "ratio": 2, "milliseconds": 0, "seconds": 0}
-    decimals["giga"] = 2
+    decimals |= {"giga": 2, "agreement": 2, "psnr_difference": 4}
     for test in tests:
         headings |= {f"{test} psnr": f"{test} PSNR", f"{test} ssim": "SSIM"}
         decimals |= {f"{test} psnr": 3, f"{test} ssim": 4}
@@ -133,6 +154,8 @@ def columns(
         "kB": "file kB",
         "ratio": "float/file",
         "levels": "levels",
+        "agreement": "agree dB",
+        "psnr_difference": "PSNR differs",
         "milliseconds": "ms/picture",
         "seconds": "made in s",
     }
@@ -145,7 +168,8 @@ def columns(
         }
         for row in rows
     ]
-    shown = {key: head for key, head in headings.items() if any(line.get(key) for line in lines)}
+    present = {key for line in lines for key, value in line.items() if value is not None}
+    shown = {key: head for key, head in headings.items() if key in present}
     return lines, shown, decimals
 
 
@@ -156,7 +180,8 @@ def write(folder: Path, name: str, report: dict[str, Any], pictures: list[dict[s
     plain = json.loads(text, parse_constant=lambda _: None)
     atomic_write(folder / f"{name}.json", json.dumps(plain, indent=1).encode())
     lines = io.StringIO()
-    writer = csv.DictWriter(lines, ["model", "test", "name", *SCORES])
+    agreement = ["agreement"] * any("agreement" in picture for picture in pictures)
+    writer = csv.DictWriter(lines, ["model", "test", "name", *SCORES, *agreement])
     writer.writeheader()
     writer.writerows(pictures)
     atomic_write(folder / f"{name}.csv", lines.getvalue().encode())

@@ -13,9 +13,10 @@ import torch
 
 from compsrt import evaluate
 from compsrt.calibration import calibrate
-from compsrt.checkpoint import save_float, save_packed
+from compsrt.checkpoint import load, save_float, save_packed
 from compsrt.cli import run
-from compsrt.data import imresize, write_image
+from compsrt.data import find_pairs, imresize, load_pair, read_image, write_image
+from compsrt.inference import enlarge
 from compsrt.models.quant_swinir import swap_blocks
 from compsrt.models.swinir import SwinIR, SwinIRConfig
 from compsrt.quantization import QuantSpec
@@ -92,6 +93,51 @@ def test_a_table_of_models_and_test_sets(folder, tmp_path, capsys):
     assert (tmp_path / "packed" / "A" / "4.png").is_file()
 
 
+def test_agreement_with_the_first_model(folder, tmp_path, capsys):
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes((folder / "packed.safetensors").read_bytes())
+    models = arguments(folder, "packed.safetensors", "float.safetensors")
+    words = [*models, str(copy), "--test", str(folder / "A"), "--agreement", "--no-bicubic"]
+    # With a folder for the pictures and without one.
+    for output in ([], ["--output", str(tmp_path / "out"), "--save-images"]):
+        assert run(evaluate.main, [*words, *output]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].split()[-5:] == ["agree", "dB", "PSNR", "differs", "ms/picture"]
+        assert lines[4].split()[-3:-1] == ["inf", "0.0000"]
+        packed, floating, same = json.loads(lines[-1])["rows"]
+        assert "agreement" not in packed
+        assert (same["agreement"], same["psnr_difference"]) == (None, 0)
+        assert 10 < floating["agreement"] < 80
+    written = json.loads((tmp_path / "out" / "evaluate.json").read_text())["pictures"]
+    psnr = {(p["model"], p["name"]): p["psnr"] for p in written}
+    differences = [abs(psnr["float", str(n)] - psnr["packed", str(n)]) for n in range(5)]
+    assert floating["psnr_difference"] == max(differences)
+    assert floating["agreement"] == min(p["agreement"] for p in written if p["model"] == "float")
+    with open(tmp_path / "out" / "evaluate.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["agreement"] == ""
+    assert float(rows[5]["agreement"]) == written[5]["agreement"]
+
+
+def test_self_ensemble_and_data_type(folder, tmp_path, capsys):
+    words = arguments(folder, "float.safetensors", "--test", "B", "--no-bicubic", "--save-images")
+    pictures = {}
+    for name, extra in (
+        ("plain", []),
+        ("ensemble", ["--self-ensemble"]),
+        ("half", ["--dtype", "bfloat16"]),
+    ):
+        assert run(evaluate.main, [*words, *extra, "--output", str(tmp_path / name)]) == 0
+        report = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert report["self_ensemble"] == (name == "ensemble")
+        assert report["dtype"] == ("bfloat16" if name == "half" else "float32")
+        pictures[name] = read_image(tmp_path / name / "float" / "B" / "0.png").astype(int)
+    model = load(folder / "float.safetensors")
+    lr, _ = load_pair(find_pairs(folder / "B", 2)[0], 2)
+    assert np.array_equal(pictures["ensemble"], enlarge(model, lr, self_ensemble=True))
+    assert 0 < abs(pictures["half"] - pictures["plain"]).max() < 20
+
+
 def test_bicubic_alone_needs_only_a_scale(folder, capsys):
     assert run(evaluate.main, arguments(folder, "--test", "A", "--scale", "3")) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -140,6 +186,7 @@ def test_mistakes_are_one_line_before_any_work(words, message, folder, tmp_path,
     [
         (["--test", "A", "--scale", "2", "--save-images"], "--save-images needs --output"),
         (["--test", "A", "--scale", "2", "--no-bicubic"], "leaves nothing to score"),
+        (["model", "--test", "A", "--agreement"], "--agreement needs at least two"),
         (["--tset", "A"], "did you mean --test?"),
         ([], "--test"),
     ],

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
-from compsrt import upscale
-from compsrt.checkpoint import load, save_float
+import compsrt
+from compsrt import inference, tiling, upscale
+from compsrt.checkpoint import load, save_float, save_packed
 from compsrt.cli import run
 from compsrt.inference import super_resolve
+from compsrt.models.edsr import EDSR, EDSRConfig
 from compsrt.models.swinir import SwinIR, SwinIRConfig
 
 
@@ -77,21 +79,42 @@ def test_a_file_becomes_a_file_of_the_format_asked_for(name, kind, weights, phot
         assert (image.format, image.size, image.mode) == (kind, (18, 14), "RGB")
 
 
-def test_orientation_and_16_bits(weights, tmp_path, capsys):
+def test_orientation_is_applied_once_and_the_rest_of_exif_and_profile_kept(weights, tmp_path):
     turned = tmp_path / "turned.jpg"
     exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (9, 7)).save(turned, exif=exif)
-    Image.fromarray(np.full((7, 9), 40_000, np.uint16)).save(tmp_path / "deep.png")
-    assert enlarge(weights, turned, tmp_path / "deep.png", "--output", tmp_path / "out") == 0
-    assert facts(tmp_path / "out" / "turned_x2.png") == ("RGB", (14, 18))
-    assert facts(tmp_path / "out" / "deep_x2.png") == ("L", (18, 14))
-    assert capsys.readouterr().err.count("16 bits") == 1
+    exif[0x0112], exif[0x010F] = 6, "Maker"
+    exif[0x8769] = {0xA002: 9, 0xA003: 7, 0x9003: "2026:01:02 03:04:05"}
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.new("RGB", (9, 7)).save(turned, exif=exif, icc_profile=profile)
+    for name in ("b.png", "b.jpg", "b.webp", "b.tif"):
+        assert enlarge(weights, turned, "--output", tmp_path / name) == 0
+        with Image.open(tmp_path / name) as large:
+            assert large.size == (14, 18)
+            assert large.info["icc_profile"] == profile
+            kept = large.getexif()
+            assert 0x0112 not in kept
+            assert kept[0x010F] == "Maker"
+            assert dict(kept.get_ifd(0x8769)) == {0x9003: "2026:01:02 03:04:05"}
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("b.png", "uint16"), ("b.webp", "uint8")])
+def test_16_bits_are_kept_where_the_format_allows(name, dtype, weights, tmp_path, capsys):
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.full((7, 9), 40_000, np.uint16)).save(deep)
+    assert enlarge(weights, deep, "--output", tmp_path / name) == 0
+    with Image.open(tmp_path / name) as large:
+        assert np.asarray(large).dtype == dtype
+    err = capsys.readouterr().err
+    expected = f"compsrt.upscale: warning: {deep}: WEBP holds 8 bits a channel: 16 are reduced to 8"
+    assert err.splitlines() == [expected] * (dtype == "uint8")
 
 
 def test_a_suffix_may_be_chosen(weights, photos):
     assert enlarge(weights, photos / "a.png", "--output", photos, "--suffix", "_large") == 0
     assert "a_large.png" in files(photos)
+    # One picture may go to any folder, one above it too.
+    assert enlarge(weights, photos / "below" / "clear.png", "--output", photos) == 0
+    assert "clear_x2.png" in files(photos)
 
 
 def test_nothing_is_overwritten_without_force(weights, photos, tmp_path, capsys):
@@ -123,15 +146,22 @@ def test_a_broken_picture_does_not_stop_the_rest(weights, photos, tmp_path, caps
     assert enlarge(weights, photos, "--output", output) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.count("\n") == 1
-    assert str(photos / "a.png") in err
-    assert str(photos / "bad.png") in err
-    assert err.endswith("(the other 3 of 5 pictures are done)\n")
+    first, second, summary = err.splitlines()
+    start = "compsrt.upscale: error: "
+    assert first.startswith(f"{start}{photos / 'a.png'}: truncated or damaged picture")
+    assert second.startswith(f"{start}{photos / 'bad.png'}: not a ")
+    assert summary == f"{start}2 of 5 pictures failed, 3 are done"
     assert files(output) == ["a.jpg_x2.png", "below/clear_x2.png", "grey_x2.png"]
 
 
-def test_transparency_is_not_dropped(weights, photos, tmp_path, capsys):
+def test_transparency_is_not_dropped(weights, photos, tmp_path, capsys, monkeypatch):
     clear = photos / "below" / "clear.png"
+    # An alpha channel that hides nothing is no transparency.
+    assert enlarge(weights, clear, "--output", tmp_path / "opaque.jpg") == 0
+    with Image.open(clear) as image:
+        image.putpixel((3, 3), (0, 0, 0, 254))
+        image.save(clear)
+    monkeypatch.setattr(inference, "enlarge_photo", None)  # no work is done before
     assert enlarge(weights, clear, "--output", tmp_path / "b.jpg") == 2
     assert f"{clear}: JPEG holds no transparency" in capsys.readouterr().err
     assert not (tmp_path / "b.jpg").exists()
@@ -147,6 +177,159 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(weights, photos, tmp_path, c
     assert files(tmp_path) == [f"photos/{name}" for name in files(photos)]
 
 
+def test_a_write_that_fails_stops_the_run_and_says_what_is_done(
+    weights, photos, tmp_path, capsys, monkeypatch
+):
+    output = tmp_path / "large"
+    write = upscale.atomic_write
+
+    def room_for_two(path, content):
+        if len(files(output)) == 2:
+            raise OSError(28, os.strerror(28), str(path))
+        write(path, content)
+
+    monkeypatch.setattr(upscale, "atomic_write", room_for_two)
+    assert enlarge(weights, photos, "--output", output) == 2
+    first, summary = capsys.readouterr().err.splitlines()
+    assert first.endswith("clear_x2.png: no space left on device")
+    assert summary.endswith("1 of 4 pictures failed, 2 are done, 1 were not tried")
+    assert len(files(output)) == 2
+
+
+def test_patterns_name_pictures_below_their_folder(weights, photos, tmp_path, capsys):
+    (photos / "notes.txt").write_text("no picture")
+    (photos / "[odd].png").write_bytes((photos / "a.png").read_bytes())
+    assert enlarge(weights, photos / "**" / "*a*", "--output", tmp_path / "1") == 0
+    assert files(tmp_path / "1") == ["a.jpg_x2.png", "a.png_x2.png", "below/clear_x2.png"]
+    assert enlarge(weights, photos / "[odd].png", "--output", tmp_path / "2") == 0
+    assert files(tmp_path / "2") == ["[odd]_x2.png"]
+    capsys.readouterr()
+    for pattern, message in (("*.jxl", "matches nothing"), ("*.txt", "no picture among")):
+        assert enlarge(weights, photos / pattern, "--output", tmp_path / "3") == 2
+        assert message in capsys.readouterr().err
+
+
+def test_out_of_memory_halves_the_tile_with_a_line_that_says_so(
+    weights, photos, tmp_path, capsys, monkeypatch
+):
+    picture = photos / "a.png"
+    noise = np.random.default_rng(0).integers(0, 256, (70, 150, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(picture)
+    forward = SwinIR.forward
+
+    def limited(self, x):
+        if x.shape[0] * x.shape[2] * x.shape[3] > 4 * 48 * 48:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return forward(self, x)
+
+    monkeypatch.setattr(SwinIR, "forward", limited)
+    assert enlarge(weights, picture, photos / "grey.bmp", "--output", tmp_path / "out") == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "compsrt.upscale: warning: out of memory with tiles of 152 x 152 pixels; going on with 76 x 76",
+        "compsrt.upscale: warning: out of memory with tiles of 76 x 76 pixels; going on with 40 x 40",
+    ]
+    monkeypatch.undo()
+    with Image.open(tmp_path / "out" / "a_x2.png") as large, Image.open(picture) as image:
+        expected = np.asarray(super_resolve(load(weights), image, 40)).astype(int)
+        assert abs(np.asarray(large) - expected).max() <= 1  # four tiles at a time there, one here
+
+
+def test_a_picture_too_large_for_any_tile_is_reported_and_the_rest_done(
+    weights, photos, tmp_path, capsys, monkeypatch
+):
+    forward = SwinIR.forward
+
+    def limited(self, x):
+        if x.shape[3] == 30:
+            raise MemoryError
+        return forward(self, x)
+
+    Image.new("RGB", (30, 30)).save(photos / "a.png")
+    monkeypatch.setattr(SwinIR, "forward", limited)
+    assert enlarge(weights, photos, "--output", tmp_path / "out") == 2
+    first, summary = capsys.readouterr().err.splitlines()
+    assert f"{photos / 'a.png'}: out of memory" in first
+    assert summary.endswith("1 of 4 pictures failed, 3 are done")
+
+
+def test_half_precision_that_overflows_goes_on_in_float32(
+    weights, photos, tmp_path, capsys, monkeypatch
+):
+    forward = SwinIR.forward
+
+    def overflowing(self, x):
+        return forward(self, x) * (torch.inf if x.dtype == torch.float16 else 1)
+
+    monkeypatch.setattr(SwinIR, "forward", overflowing)
+    assert enlarge(weights, photos, "--output", tmp_path / "half", "--dtype", "float16") == 0
+    line = f"{photos / 'a.jpg'}: float16 overflows in this model; going on in float32"
+    assert capsys.readouterr().err.splitlines() == [f"compsrt.upscale: warning: {line}"]
+    assert enlarge(weights, photos, "--output", tmp_path / "float") == 0
+    for name in files(tmp_path / "float"):
+        expected = (tmp_path / "float" / name).read_bytes()
+        assert (tmp_path / "half" / name).read_bytes() == expected
+
+
+@pytest.fixture(scope="module")
+def networks(weights, tmp_path_factory) -> dict[str, str]:
+    """A file of every family, float, and packed where there is such a form."""
+    folder = tmp_path_factory.mktemp("networks")
+    torch.manual_seed(0)
+    edsr = EDSR(EDSRConfig.uniform(2, blocks=2, channels=8))
+    save_float(edsr, folder / "edsr.safetensors")
+    packed = compsrt.quantize(load(weights), compsrt.QuantSpec(bits=4), torch.rand(1, 3, 16, 16))
+    save_packed(packed, folder / "packed.safetensors")
+    names = {name: str(folder / f"{name}.safetensors") for name in ("edsr", "packed")}
+    assets = Path(compsrt.__file__).parent / "assets"
+    names |= {
+        name: str(assets / f"{name}.safetensors") for name in ("sesr_m3_x2", "sesr_m5_x2_8bit")
+    }
+    return {"swinir": weights, **names}
+
+
+@pytest.mark.parametrize("name", ["edsr", "packed", "sesr_m3_x2", "sesr_m5_x2_8bit"])
+def test_every_family_goes_through_the_same_command(name, networks, photos, tmp_path):
+    picture = photos / "a.png"
+    noise = np.random.default_rng(0).integers(0, 256, (50, 61, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(picture)
+    words = [networks[name], picture, "--tile", "40", "--output"]
+    assert enlarge(*words, tmp_path / "b.png") == 0
+    assert enlarge(*words, tmp_path / "c.png", "--self-ensemble") == 0
+    assert facts(tmp_path / "b.png") == facts(tmp_path / "c.png") == ("RGB", (122, 100))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["swinir", "edsr", "sesr_m3_x2"])
+def test_half_precision_is_close(name, dtype, networks, photos, tmp_path):
+    words = ["--output", tmp_path / "b.png", "--dtype", dtype]
+    assert enlarge(networks[name], photos / "a.png", *words) == 0
+    with Image.open(tmp_path / "b.png") as large, Image.open(photos / "a.png") as image:
+        expected = np.asarray(super_resolve(load(networks[name]), image)).astype(int)
+        assert abs(np.asarray(large) - expected).max() <= 4
+
+
+def test_auto_takes_tiles_where_the_memory_is_small(weights, photos, tmp_path, monkeypatch):
+    Image.new("RGB", (150, 150)).save(photos / "a.png")
+    seen = []
+    forward = SwinIR.forward
+
+    def watched(self, x):
+        seen.append(tuple(x.shape))
+        return forward(self, x)
+
+    monkeypatch.setattr(SwinIR, "forward", watched)
+    for free, shapes in (
+        (150 * 150 * tiling.BYTES_PER_PIXEL * 2, [(1, 3, 150, 150)]),
+        (4 * 56 * 56 * tiling.BYTES_PER_PIXEL * 2, [(4, 3, 52, 52)] * 4),
+        (1000, [(4, 3, 32, 32)] * 20 + [(1, 3, 32, 32)]),
+    ):
+        monkeypatch.setattr(tiling, "free_memory", lambda device, free=free: free)
+        words = ["--output", tmp_path / "b.png", "--force"]
+        assert enlarge(weights, photos / "a.png", *words) == 0
+        assert seen == shapes
+        seen.clear()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -159,7 +342,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(weights, photos, tmp_path, c
         (["photos/a.png", "photos/a.jpg", "--output", "out"], "would be written for"),
         (["photos/a.png", "--output", "photos/a.png", "--force"], "that is read"),
         (["photos", "--output", "photos", "--suffix", "", "--force"], "that is read"),
-        (["photos/a.png", "--output", "b.png", "--tile", "8"], "--tile 8: at least 32 pixels"),
+        (["photos/a.png", "--output", "b.png", "--batch", "0"], "--batch: 0 is less than 1"),
+        (["", "--output", "out"], "INPUT: an empty name"),
+        (["photos/a.png", "--output", "weights/b.png"], "weights: not a folder"),
+        (["photos/a.png", "--output", "out", "--suffix", "a/b"], "--suffix a/b"),
+        (
+            ["photos/a.png", "--output", "b.png", "--tile", "8"],
+            "--tile: 8 pixels are fewer than 32",
+        ),
     ],
     ids=" ".join,
 )

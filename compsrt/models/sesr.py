@@ -251,9 +251,12 @@ class SESR(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] == 1:
             return self.body(x)
+        colours = _colour_differences(x)
+        if x.dtype in (torch.float16, torch.bfloat16):  # bicubic is not there on every device
+            colours = colours.float()
         colours = F.interpolate(
-            _colour_differences(x), scale_factor=self.scale, mode="bicubic", antialias=True
-        )
+            colours, scale_factor=self.scale, mode="bicubic", antialias=True
+        ).to(x.dtype)
         return _to_rgb(torch.cat([self.body(luma(x)), colours], 1))
 
     def _convolutions(self) -> list[tuple[nn.Module, str]]:
