@@ -41,6 +41,7 @@ OPS = (  # files that have examples()
     "mlp",
     "attention",
     "convolution",
+    "swin_block",
 )
 COLUMNS = ("registers", "spill", "shared", "tensor", "occupancy", "seconds")
 

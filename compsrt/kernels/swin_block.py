@@ -1,16 +1,331 @@
-"""A quantized Swin block at inference; see `reference/swin_block.py` for the mathematics."""
+"""A whole quantized Swin block in one launch; see `reference/swin_block.py` for the mathematics.
 
+A program does the tokens of one window (of 16 x 16: 64 of its 256), from the residual stream to the
+residual stream, at their own places in x and out (B, H, W, C). Between the two it writes nothing:
+
+    norm, E -> codes for q, k, v                            (tokens, C)
+    for each head: q, k, v -> codes -> S -> softmax -> T -> codes -> O;  y += O M_h
+    y -> codes -> proj;  x += ...                           x in float32
+    norm, E' -> codes -> fc1 -> GELU -> P' -> codes -> fc2; x += ...
+
+so that no tile is ever cut into heads. "fold" multiplies codes, exact in each half type, with
+matrices of that type, and sums in float32. "integer" multiplies codes with codes in int8 and sums in
+int32: q, k, v, proj, fc1, fc2 and S. What has no codes on one side stays a product of floats, in
+float32 (as bf16x6, see `tiles.dot`): the rotations E, T, M, E', P', a head's own, and A^ times
+T^T v^, since a rotated v^ has no codes.
+
+Windows are counted in 32 bits. No gradients: for inference.
+"""
+
+# pyright: reportInvalidTypeForm=false
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from . import reference
-from .reference import FoldedBlock
+from ..transforms import next_power_of_two
+from . import reference, swin_block_tiles, tiles
+from .attention import APART, _locate
+from .dispatch import on_device_of, tl, triton, use_triton
+from .reference import FoldedBlock, Grid, LayerNormWeights, QuantLayer, QuantWeight
+from .reference.swin_block import SITES, FoldedLinear, HeadScalars, check_block
+from .swin_block_tiles import Constants
+
+WINDOWS = (4, 8, 16)
+LARGEST = 128  # C and heads * d
+ROWS = 64
+
+
+@triton.jit
+def _load_tokens(x_ptr, tokens, C: tl.constexpr):
+    """Some tokens (M, WIDTH) in float32."""
+    lane = tl.arange(0, C.width)[None, :]
+    at = x_ptr + tokens.number.to(tl.int64)[:, None] * C.size + lane
+    return tl.load(at, mask=lane < C.size, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _quant_swin_block_fwd_kernel(
+    x_ptr,
+    out_ptr,
+    enter,
+    inputs_ptr,
+    limits_ptr,
+    query,
+    key,
+    value,
+    table_ptr,
+    token_ptr,
+    scalars,
+    merge,
+    proj,
+    middle,
+    fc1,
+    hidden,
+    fc2,
+    height,
+    width,
+    C: tl.constexpr,
+):
+    """x, out: (B, H, W, C); enter to fc2: as in FoldedBlock. This program does C.rows tokens of a
+    window, whose others it needs for keys and values alone."""
+    TYPE: tl.constexpr = enter.weight.dtype.element_ty
+    CODES: tl.constexpr = query.weight.dtype.element_ty
+    N: tl.constexpr = C.window * C.window
+    ROWS: tl.constexpr = C.rows
+    INNER: tl.constexpr = C.width_inner
+    PARTS: tl.constexpr = N // ROWS
+    program = tl.program_id(0)
+    token = tl.arange(0, N)
+    row = program % PARTS * ROWS + tl.arange(0, ROWS)
+    tokens = _locate(token, program // PARTS, height, width, C.window, C.shift)
+    rows = _locate(row, program // PARTS, height, width, C.window, C.shift)
+
+    x = swin_block_tiles.normalize(_load_tokens(x_ptr, tokens, C), C.size, C.eps1)
+    t = swin_block_tiles.linear(x.to(TYPE), enter, C.size, C.width, C.size)
+    k_in = swin_block_tiles.input_codes(t, inputs_ptr, limits_ptr, 1, C, CODES)
+    v_in = swin_block_tiles.input_codes(t, inputs_ptr, limits_ptr, 2, C, CODES)
+    if PARTS > 1:
+        x = swin_block_tiles.normalize(_load_tokens(x_ptr, rows, C), C.size, C.eps1)
+        t = swin_block_tiles.linear(x.to(TYPE), enter, C.size, C.width, C.size)
+    q_in = swin_block_tiles.input_codes(t, inputs_ptr, limits_ptr, 0, C, CODES)
+
+    y = tl.zeros((ROWS, INNER), tl.float32)
+    for head in tl.range(0, C.heads, num_stages=1):
+        q = swin_block_tiles.head_codes(q_in, query, scalars, head, 0, C, CODES)
+        k = swin_block_tiles.head_codes(k_in, key, scalars, head, 1, C, CODES)
+        p = swin_block_tiles.scores(q, k, scalars, 0 if C.shared else head)
+        p += swin_block_tiles.load_bias(table_ptr, row, token, head, C.window)
+        if C.shift > 0:
+            p += tl.where(rows.region[:, None] == tokens.region[None, :], 0.0, APART)
+        p = tiles.softmax(p)
+        v = swin_block_tiles.head_codes(v_in, value, scalars, head, 2, C, CODES)
+        o = swin_block_tiles.attend(p, v, token_ptr, scalars, head, C, TYPE).to(TYPE)
+        first = head * C.d
+        n = tl.arange(0, INNER)[:, None]
+        lane = first + tl.arange(0, C.width_head)[None, :]
+        matrix = swin_block_tiles.load_matrix(merge.weight, n, lane, C.inner, C.inner, first + C.d)
+        y = tiles.dot(o, tl.trans(matrix), y)
+
+    y += swin_block_tiles.load_vector(merge.bias, 0, C.width_inner, C.inner)
+    codes = swin_block_tiles.to_codes_of(y, limits_ptr, 3, C.inner, CODES)
+    # Read again, so that the loop above has more registers.
+    x = _load_tokens(x_ptr, rows, C)
+    x += swin_block_tiles.linear(codes, proj, C.size, C.width, C.inner)
+    x = swin_block_tiles.mlp(x, middle, fc1, hidden, fc2, limits_ptr, C, TYPE, CODES)
+    column = tl.arange(0, C.width)[None, :]
+    at = out_ptr + rows.number.to(tl.int64)[:, None] * C.size + column
+    tl.store(at, x.to(out_ptr.dtype.element_ty), mask=column < C.size)
+
+
+# --- Host ----------------------------------------------------------------------------------------
+
+_LINEARS = (
+    "enter",
+    "query",
+    "key",
+    "value",
+    "merge",
+    "proj",
+    "middle",
+    "fc1",
+    "hidden",
+    "fc2",
+)
+
+
+def _constants(folded: FoldedBlock) -> Constants:
+    size, inner = len(folded.enter.bias), len(folded.merge.bias)
+    hidden, heads = len(folded.hidden.bias), folded.heads
+    integer = folded.mode == "integer"
+    d = inner // heads
+    width_hidden = max(16, next_power_of_two(hidden))
+    return Constants(
+        heads=heads,
+        window=folded.window,
+        shift=folded.shift,
+        size=size,
+        inner=inner,
+        hidden=hidden,
+        d=d,
+        # A product of int8 has 32 terms at least.
+        width=max(32, next_power_of_two(size)),
+        width_inner=max(32, next_power_of_two(inner)),
+        width_head=max(32 if integer else 16, next_power_of_two(d)),
+        width_hidden=min(max(32, width_hidden), 128),
+        rows=min(ROWS, folded.window**2),
+        slice=min(16 if integer else 64, folded.window**2),
+        chunk=32,
+        shared=len(folded.scalars.scores) == 1,
+        eps1=folded.eps[0],
+        eps2=folded.eps[1],
+    )
+
+
+def _forward(x: Tensor, folded: FoldedBlock) -> Tensor:
+    out = x.new_empty(x.shape)
+    if out.numel() == 0:
+        return out
+    x = x.contiguous()
+    batch, height, width, _ = x.shape
+    constants = _constants(folded)
+    windows = batch * (height // folded.window) * (width // folded.window)
+    with on_device_of(x):
+        _quant_swin_block_fwd_kernel[(windows * (folded.window**2 // constants.rows),)](
+            x,
+            out,
+            folded.enter,
+            folded.inputs,
+            folded.limits,
+            folded.query,
+            folded.key,
+            folded.value,
+            folded.table,
+            folded.token,
+            folded.scalars,
+            folded.merge,
+            folded.proj,
+            folded.middle,
+            folded.fc1,
+            folded.hidden,
+            folded.fc2,
+            height,
+            width,
+            C=constants,
+            num_warps=4 if constants.width <= 64 and folded.window <= 8 else 8,
+        )
+    return out
+
+
+# --- Operator ------------------------------------------------------------------------------------
+
+
+def _flatten(folded: FoldedBlock) -> tuple[list[Tensor], list[bool], list[int], list[float]]:
+    """A block as arguments of an operator: its tensors, which of them it has, numbers, epsilons."""
+    slots = [t for name in _LINEARS for t in getattr(folded, name)]
+    slots += [folded.inputs, folded.limits, folded.table, folded.token, *folded.scalars]
+    ranges = [end for pair in folded.ranges for end in pair]
+    numbers = [int(folded.mode == "integer"), folded.heads, folded.window, folded.shift]
+    return (
+        [t for t in slots if t is not None],
+        [t is not None for t in slots],
+        [*numbers, *folded.bits, *ranges],
+        list(folded.eps),
+    )
+
+
+def _unflatten(
+    tensors: Sequence[Tensor], present: Sequence[bool], numbers: Sequence[int], eps: Sequence[float]
+) -> FoldedBlock:
+    """The inverse of `_flatten`."""
+    remaining = iter(tensors)
+    slots = iter([next(remaining) if is_there else None for is_there in present])
+
+    def take(count: int) -> list:
+        return [next(slots) for _ in range(count)]
+
+    linears = {name: FoldedLinear(*take(len(FoldedLinear._fields))) for name in _LINEARS}
+    inputs, limits, table, token = take(4)
+    integer, heads, window, shift, *rest = numbers
+    ranges = rest[len(SITES) :]
+    return FoldedBlock(
+        **linears,
+        inputs=inputs,
+        limits=limits,
+        table=table,
+        token=token,
+        scalars=HeadScalars(*take(len(HeadScalars._fields))),
+        mode="integer" if integer else "fold",
+        heads=heads,
+        window=window,
+        shift=shift,
+        eps=(eps[0], eps[1]),
+        bits=tuple(rest[: len(SITES)]),
+        ranges=tuple(zip(ranges[::2], ranges[1::2], strict=True)),
+    )
+
+
+@torch.library.custom_op("compsrt::quant_swin_block", mutates_args=(), device_types=("cpu", "cuda"))
+def _quant_swin_block(
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    present: Sequence[bool],
+    numbers: Sequence[int],
+    eps: Sequence[float],
+) -> Tensor:
+    return _forward(x, _unflatten(tensors, present, numbers, eps))
+
+
+@_quant_swin_block.register_fake
+def _(x, tensors, present, numbers, eps):
+    return x.new_empty(x.shape)
+
+
+def fits(folded: FoldedBlock) -> bool:
+    """Whether the kernel holds such a block."""
+    widths = len(folded.enter.bias), len(folded.merge.bias)
+    return folded.window in WINDOWS and max(widths) <= LARGEST
 
 
 def quant_swin_block(x: Tensor, folded: FoldedBlock) -> Tensor:
-    """A whole quantized Swin block at inference, x (B, H, W, C) -> (B, H, W, C) in x's type.
+    """A whole quantized Swin block at inference.
 
-    folded: what `fold_block` made of the block. Raises ValueError for an x that does not fit.
+    x: (B, H, W, C), the residual stream, H and W multiples of the window, float32, float16 or
+    bfloat16 (float64 by the reference); folded: what `fold_block` made of the block. Returns x's
+    shape and type. What the kernel does not hold, windows other than 4, 8 and 16 and more than 128
+    channels, the reference does. Raises ValueError for an x that does not fit or needs gradients.
     """
-    return reference.quant_swin_block(x, folded)
+    check_block(x, folded)
+    if not (use_triton(x) and fits(folded)):
+        return reference.quant_swin_block(x, folded)
+    if x.shape[:3].numel() >= 2**31:
+        raise ValueError(
+            f"x: no kernel for {x.shape[:3].numel()} tokens; split the batch below 2^31 tokens"
+        )
+    return _quant_swin_block(x, *_flatten(folded))
+
+
+def examples():
+    """Calls that `aot.py` compiles the kernel of: the block of SwinIR-light, and of a wider SwinIR."""
+    one = torch.ones(())
+    grid = Grid(-one, one, None, None, 4)
+
+    def layer(size: int, out: int, transform: bool = True) -> QuantLayer:
+        mask = torch.ones(out, size, dtype=torch.bool)
+        mask[0, 0] = False
+        weight = QuantWeight(torch.zeros(out, size), grid, mask)
+        return QuantLayer(grid, weight, torch.zeros(out), torch.eye(size) if transform else None)
+
+    for size, heads, window, shift, mode, dtype in (
+        (60, 6, 8, 0, "fold", torch.bfloat16),
+        (60, 6, 8, 4, "fold", torch.bfloat16),
+        (60, 6, 8, 4, "fold", torch.float16),
+        (60, 6, 8, 0, "integer", torch.float32),
+        (60, 6, 8, 4, "integer", torch.float32),
+        (60, 6, 16, 8, "fold", torch.bfloat16),
+        (96, 6, 8, 4, "fold", torch.bfloat16),
+    ):
+        norm = LayerNormWeights(torch.ones(size), torch.zeros(size))
+        folded = reference.fold_block(
+            [layer(size, size, False)] * 3,
+            layer(size, size),
+            layer(size, 2 * size),
+            layer(2 * size, size),
+            torch.zeros((2 * window - 1) ** 2, heads),
+            [grid] * 4,
+            norms=(norm, norm),
+            heads=heads,
+            window=window,
+            shift=shift,
+            scale=(size // heads) ** -0.5,
+            rotation=torch.eye(size),
+            token_rotation=torch.eye(window**2),
+            mode=mode,
+            dtype=dtype,
+        )
+        x = torch.empty(1, 64, 64, size)
+        label = f"{mode} {str(dtype).removeprefix('torch.')} {size}"
+        label += f" window {window}" * (window != 8) + " shifted" * (shift > 0)
+        yield label, lambda x=x, folded=folded: _forward(x, folded)

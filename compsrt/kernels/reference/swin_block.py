@@ -7,8 +7,8 @@
     q, k, v = code(a_i Wi + bi)                  also Rh, Rv, head_dim^-0.5 and the grids of q, k, v
     S = s_qk (q + z_q) k^T + bias + mask         a head; k's zero point moves whole rows of S: no softmax sees it
     A = code(softmax(S) T / s_A - z_A)
-    O = (A + z_A) (T^T (v + z_v))
-    p = code(sum over heads of O_h M_h + m)      M_h: rows of blockdiag(Rv^T) P_proj with s_v, s_A, 1/s
+    O = s_A (A + z_A) (T^T (v + z_v))
+    p = code(sum over heads of O_h M_h + m)      M_h: rows of blockdiag(Rv^T) P_proj with s_v and 1/s
     x = x + p Wp + bp
     x = x + code(GELU(code(n(x) E' + e') W1 + b1) P' + p') W2 + b2
 
@@ -82,7 +82,8 @@ class HeadScalars(NamedTuple):
     query_zero: Tensor  # z_q
     scores: Tensor  # s_qk
     value_zero: Tensor  # z_v
-    attention: Tensor  # what softmax(S) `token` is multiplied by
+    attention: Tensor  # s_A
+    attention_inverse: Tensor
     attention_zero: Tensor  # z_A
     low: Tensor  # (4, heads): of query, key, value, attention
     high: Tensor
@@ -93,11 +94,12 @@ class FoldedBlock(NamedTuple):
 
     enter: FoldedLinear  # (C, C), of normalized tokens
     inputs: Tensor  # (3, 2): 1/s and z of the inputs of q, k and v
+    limits: Tensor  # (6, 2): lowest and highest code of the inputs of q, k, v, proj, fc1 and fc2
     query: FoldedLinear  # (heads * d, C)
     key: FoldedLinear
     value: FoldedLinear
-    table: Tensor  # ((2 window - 1)^2, heads), the relative-position bias
-    token: Tensor | None  # (N, N): T over s_A of the first head
+    table: Tensor  # (heads, (2 window - 1)^2), the relative-position bias
+    token: Tensor | None  # (N, N): T^T
     scalars: HeadScalars
     merge: FoldedLinear  # (C', heads * d), to the codes of proj's input
     proj: FoldedLinear  # (C, C')
@@ -297,24 +299,20 @@ def fold_block(
                 zero=by_channel(sites[i].zero),
             )
         )
-    ratio = attention.scale[:1] / attention.scale
     scalars = HeadScalars(
         query.zero,
         query.scale * key.scale,
         value.zero,
-        1 / attention.scale if token_rotation is None else ratio,
+        attention.scale,
+        1 / attention.scale,
         attention.zero,
         torch.stack(torch.broadcast_tensors(*(s.low for s in sites))),
         torch.stack(torch.broadcast_tensors(*(s.high for s in sites))),
     )
     count = 1 if all(len(s.scale) == 1 for s in sites) else heads
     scalars = HeadScalars._make(t.expand(*t.shape[:-1], count) for t in scalars)
-    # O = s_A s_v (A + z_A) (T^T (v + z_v)), and `token` is T over the first s_A.
-    factor = value.scale * attention.scale
-    if token_rotation is not None:
-        factor = factor * attention.scale[:1]
     merge = (of_value.mT @ before_proj.unflatten(0, (heads, d))).flatten(0, 1)
-    merge = by_channel(factor)[:, None] * merge
+    merge = by_channel(value.scale)[:, None] * merge
 
     def to_codes(matrix: Tensor, bias: Tensor | float, site: _Site) -> FoldedLinear:
         bias = torch.as_tensor(bias, device=table.device) / site.scale - site.zero
@@ -325,11 +323,12 @@ def fold_block(
     block = FoldedBlock(
         enter=FoldedLinear((gammas[0][:, None] * enter).mT, betas[0] @ enter),
         inputs=torch.stack([torch.cat([1 / s.scale, s.zero]) for s in inputs]),
+        limits=torch.stack([torch.cat([s.low, s.high]) for s in (*inputs, *last)]),
         query=layers[0],
         key=layers[1],
         value=layers[2],
-        table=table.detach(),
-        token=None if token_rotation is None else token / attention.scale[:1],
+        table=table.detach().mT,
+        token=None if token_rotation is None else token.mT,
         scalars=scalars,
         merge=to_codes(merge, 0.0, last[0]),
         proj=_linear(proj, last[0], "proj", (size, inner), mode),
@@ -364,6 +363,7 @@ def _stored(block: FoldedBlock, dtype: torch.dtype) -> FoldedBlock:
     return block._replace(
         **linears,
         inputs=block.inputs.to(wide),
+        limits=block.limits.to(wide),
         table=block.table.to(wide).contiguous(),
         token=None if block.token is None else block.token.to(dtype).contiguous(),
         scalars=HeadScalars._make(t.to(wide).contiguous() for t in block.scalars),
@@ -385,6 +385,11 @@ def check_block(x: Tensor, folded: FoldedBlock) -> None:
             f"x: a height of {x.shape[1]} and width of {x.shape[2]} are not both multiples of the"
             f" window of {folded.window}; pad the picture"
         )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "x: a folded block has no gradients; call it under torch.no_grad(), or train the block"
+            " that it was made of"
+        )
     if x.device != folded.table.device:
         raise ValueError(f"folded: it is on {folded.table.device}; move it to x's {x.device}")
 
@@ -395,27 +400,29 @@ class _Operands(NamedTuple):
     folded: FoldedBlock  # with floating weights
     enter: Tensor  # (3, C, C) and (3, 1, C), for inputs of q, k and v
     enter_bias: Tensor
+    turn: Tensor | None  # T, and what makes codes of probabilities, but for grids of each head
     token: Tensor | None
     scalars: list[Tensor]  # as in HeadScalars, to be multiplied with (windows, heads, ...)
     score_shift: Tensor
 
 
 def _prepare(folded: FoldedBlock, dtype: torch.dtype) -> _Operands:
+    turn = token = None if folded.token is None else folded.token.to(dtype).mT
     linears = {
         k: v.floating(dtype) for k, v in folded._asdict().items() if isinstance(v, FoldedLinear)
     }
     inverse, zero = folded.inputs.to(dtype).T[..., None]
     scalars = [t.to(dtype).view(*t.shape[:-1], -1, 1, 1) for t in folded.scalars]
-    query_zero, scores, _, _, attention_zero = scalars[:5]
-    token = None if folded.token is None else folded.token.to(dtype)
+    query_zero, scores, _, _, inverse_attention, attention_zero = scalars[:6]
     if token is not None and attention_zero.numel() == 1:
         # The rows of a softmax sum to 1: a zero point is as well taken from T.
-        token = token - attention_zero[0]
+        token = token * inverse_attention[0] - attention_zero[0]
     enter = linears["enter"]
     return _Operands(
         folded._replace(**linears),
         (enter.weight * inverse[..., None]).mT,
         (enter.bias * inverse - zero)[:, None],
+        turn,
         token,
         scalars,
         query_zero * scores,
@@ -425,7 +432,7 @@ def _prepare(folded: FoldedBlock, dtype: torch.dtype) -> _Operands:
 def _to_codes(t: Tensor, operands: _Operands, site: str) -> Tensor:
     """The codes of t, overwriting it. t: (windows, heads, ..., ...) where heads have ranges."""
     if site in HEAD_SITES and operands.scalars[0].numel() > 1:
-        low, high = (bound[HEAD_SITES.index(site)] for bound in operands.scalars[5:])
+        low, high = (bound[HEAD_SITES.index(site)] for bound in operands.scalars[6:])
         return t.round_().clamp_(low, high)
     return t.round_().clamp_(*operands.folded.ranges[SITES.index(site)])
 
@@ -439,7 +446,7 @@ def _windows(x: Tensor, operands: _Operands, bias: Tensor) -> Tensor:
     folded = operands.folded
     heads, n, size = folded.heads, folded.window**2, x.shape[1]
     count = len(x) // n
-    _, scores, value_zero, attention, attention_zero = operands.scalars[:5]
+    _, scores, value_zero, attention, inverse, attention_zero = operands.scalars[:6]
     normed = F.layer_norm(x, (size,), eps=folded.eps[0])
     codes = torch.baddbmm(operands.enter_bias, normed.expand(3, -1, -1), operands.enter)
     of_heads = []
@@ -453,14 +460,14 @@ def _windows(x: Tensor, operands: _Operands, bias: Tensor) -> Tensor:
     q = q.mul_(scores).add_(operands.score_shift)
     p = torch.bmm(q.flatten(0, 1).mT, k.flatten(0, 1)).view(count, heads, n, n)
     p = p.add_(bias).softmax(-1)
-    v = v.add_(value_zero)
+    v = v.add_(value_zero).mul_(attention)
     if operands.token is None:
-        p = p.mul_(attention).sub_(attention_zero)
+        p = p.mul_(inverse).sub_(attention_zero)
     else:
-        v = v @ folded.token
+        v = v @ operands.turn
         p = p @ operands.token
         if attention_zero.numel() > 1:
-            p = p.mul_(attention).sub_(attention_zero)
+            p = p.mul_(inverse).sub_(attention_zero)
     p = _to_codes(p, operands, "attention").flatten(0, 1)
     v = v.flatten(0, 1)
     # The zero point of A adds so much of the sum of each row of v to every token.
@@ -490,7 +497,7 @@ def quant_swin_block(x: Tensor, folded: FoldedBlock) -> Tensor:
     counts = kinds_of_windows(batch, height, width, window, shift)
     tokens = x.reshape(-1, size)
     out = torch.empty_like(tokens)
-    bias = relative_bias(folded.table.to(dtype), window)
+    bias = relative_bias(folded.table.mT.to(dtype), window)
     biases = [bias]
     if shift:  # of the four kinds of windows
         biases = bias + shift_mask(2 * window, 2 * window, window, shift, x.device, dtype)[:, None]

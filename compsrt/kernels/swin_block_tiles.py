@@ -1,0 +1,214 @@
+"""Tile code of `swin_block.py`: what a folded block does with the tokens a program holds.
+
+Codes are tiles of the type that products of codes take: int8 where weights are codes, else the type
+of the floating matrices. Lanes beyond an axis hold 0.
+"""
+
+# pyright: reportInvalidTypeForm=false
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from . import tiles
+from .dispatch import tl, triton
+
+
+class Constants(NamedTuple):
+    """What a kernel is compiled for; the widths of tiles are powers of two."""
+
+    heads: int
+    window: int
+    shift: int
+    size: int  # C
+    inner: int  # heads * d
+    hidden: int
+    d: int
+    width: int  # tile sizes: of C, heads * d, a head, hidden
+    width_inner: int
+    width_head: int
+    width_hidden: int  # of the rotated hidden tokens that are made at a time
+    rows: int  # tokens of a program
+    slice: int  # coefficients of the rotated probabilities at a time
+    chunk: int  # of hidden channels at a time
+    shared: bool  # all heads have the grids of the first
+    eps1: float
+    eps2: float
+
+
+@triton.jit
+def to_codes(t, low, high, inside, TYPE):
+    """The codes of a tile t in float32, 0 outside."""
+    codes = tiles.round_half_even(tiles.clamp(t, low, high))
+    return tl.where(inside, codes, 0.0).to(TYPE)
+
+
+@triton.jit
+def load_vector(ptr, first, COUNT: tl.constexpr, end):
+    """Entries first to first + COUNT, (1, COUNT) in float32, 0 from `end` on."""
+    n = first + tl.arange(0, COUNT)[None, :]
+    return tl.load(ptr + n, mask=n < end, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_matrix(ptr, n, k, stride, rows_end, columns_end):
+    """Rows n (N, 1) and columns k (1, K) of a matrix, 0 from the two ends on."""
+    return tl.load(ptr + n * stride + k, mask=(n < rows_end) & (k < columns_end), other=0)
+
+
+@triton.jit
+def times(a, b):
+    """a b in float32, of a type that is not of integers."""
+    return tiles.dot(a, b, tl.zeros((a.shape[0], b.shape[1]), tl.float32))
+
+
+@triton.jit
+def count(a, b):
+    """a b of int8 tiles, exact, in float32."""
+    zeros = tl.zeros((a.shape[0], b.shape[1]), tl.int32)
+    return tl.dot(a, b, zeros, out_dtype=tl.int32).to(tl.float32)
+
+
+@triton.jit
+def multiply(x, layer, first, COUNT: tl.constexpr, end, first_in, IN: tl.constexpr, head, D):
+    """x (M, K) times columns first_in to first_in + K of rows first to first + COUNT, but none from
+    `end` on, of a FoldedLinear with IN columns: (M, COUNT) in float32, without its bias.
+
+    head, D: which head the rows are and how many it has, where a head is rotated.
+    """
+    n = first + tl.arange(0, COUNT)[:, None]
+    k = first_in + tl.arange(0, x.shape[1])[None, :]
+    weight = tl.trans(load_matrix(layer.weight, n, k, IN, end, IN))
+    if layer.scale is None:
+        return times(x.to(weight.dtype), weight)
+    else:
+        if layer.mask is None:
+            kept = tl.sum(x.to(tl.int32), 1)[:, None].to(tl.float32)
+        else:
+            kept = count(x, tl.trans(load_matrix(layer.mask, n, k, IN, end, IN)))
+        y = count(x, weight) * load_vector(layer.scale, first, COUNT, end)
+        y += kept * load_vector(layer.zero, first, COUNT, end)
+        if layer.rotation is not None:
+            row = tl.arange(0, COUNT)[:, None]
+            column = tl.arange(0, COUNT)[None, :]
+            y = times(y, load_matrix(layer.rotation + head * (D * D), row, column, D, D, D))
+        return y
+
+
+@triton.jit
+def linear(x, layer, OUT: tl.constexpr, WIDTH_OUT: tl.constexpr, IN: tl.constexpr):
+    """x (M, K) through a whole FoldedLinear of OUT rows: (M, WIDTH_OUT) in float32."""
+    y = multiply(x, layer, 0, WIDTH_OUT, OUT, 0, IN, 0, 0)
+    return y + load_vector(layer.bias, 0, WIDTH_OUT, OUT)
+
+
+@triton.jit
+def normalize(x, SIZE: tl.constexpr, EPS: tl.constexpr):
+    """The layer norm of the rows of x (M, WIDTH), without weight and bias."""
+    inside = tl.arange(0, x.shape[1])[None, :] < SIZE
+    mean, inverse = tiles.layer_norm_statistics(x, inside, SIZE, EPS)
+    return tl.where(inside, (x - mean) * inverse, 0.0)
+
+
+@triton.jit
+def to_codes_of(t, limits_ptr, i: tl.constexpr, end, CODES):
+    """The codes of t (M, K) as input i of the linear layers, 0 from lane `end` on."""
+    low, high = tl.load(limits_ptr + 2 * i), tl.load(limits_ptr + 2 * i + 1)
+    return to_codes(t, low, high, tl.arange(0, t.shape[1])[None, :] < end, CODES)
+
+
+@triton.jit
+def input_codes(t, inputs_ptr, limits_ptr, i: tl.constexpr, C: tl.constexpr, CODES):
+    """The codes of t as inputs of q, k or v."""
+    t = t * tl.load(inputs_ptr + 2 * i) - tl.load(inputs_ptr + 2 * i + 1)
+    return to_codes_of(t, limits_ptr, i, C.size, CODES)
+
+
+@triton.jit
+def head_codes(x, layer, scalars, head, i: tl.constexpr, C: tl.constexpr, CODES):
+    """The codes (M, WIDTH_HEAD) of a head's queries, keys or values from those of its inputs x."""
+    first = head * C.d
+    y = multiply(x, layer, first, C.width_head, first + C.d, 0, C.size, head, C.d)
+    y += load_vector(layer.bias, first, C.width_head, first + C.d)
+    low, high = head_range(scalars, head, i, C)
+    return to_codes(y, low, high, tl.arange(0, C.width_head)[None, :] < C.d, CODES)
+
+
+@triton.jit
+def head_range(scalars, head, i: tl.constexpr, C: tl.constexpr):
+    """The lowest and highest code of a head's queries, keys, values or probabilities."""
+    at = i if C.shared else i * C.heads + head
+    return tl.load(scalars.low + at), tl.load(scalars.high + at)
+
+
+@triton.jit
+def load_bias(table_ptr, row, column, head, WINDOW: tl.constexpr):
+    """The relative-position bias (M, N) of a head for the tokens `row` and `column` of a window."""
+    SIDE: tl.constexpr = 2 * WINDOW - 1
+    first = row // WINDOW * SIDE + row % WINDOW + (WINDOW - 1) * (SIDE + 1)
+    entry = first[:, None] - (column // WINDOW * SIDE + column % WINDOW)[None, :]
+    return tl.load(table_ptr + head * (SIDE * SIDE) + entry).to(tl.float32)
+
+
+@triton.jit
+def scores(q, k, scalars, at):
+    """s_qk (q + z_q) k^T of codes q (M, WIDTH_HEAD) and k (N, WIDTH_HEAD), whose product is exact."""
+    if q.dtype == tl.int8:
+        s = count(q, tl.trans(k))
+    else:
+        s = times(q, tl.trans(k))
+    sums = tl.sum(k.to(tl.float32), 1)[None, :]
+    return (s + tl.load(scalars.query_zero + at) * sums) * tl.load(scalars.scores + at)
+
+
+@triton.jit
+def attend(p, v, token_ptr, scalars, head, C: tl.constexpr, TYPE):
+    """A^ (M, N), probabilities p rotated and quantized, times T^T v^ but for v's scale.
+
+    v: (N, WIDTH_HEAD), the codes. Returns (M, WIDTH_HEAD) in float32. Slices of coefficients go
+    through both products before the next are made.
+    """
+    N: tl.constexpr = C.window * C.window
+    WIDTH_HEAD: tl.constexpr = C.width_head
+    at = 0 if C.shared else head
+    inverse = tl.load(scalars.attention_inverse + at)
+    zero = tl.load(scalars.attention_zero + at)
+    low, high = head_range(scalars, head, 3, C)
+    inside = tl.arange(0, C.width_head)[None, :] < C.d
+    v = tl.where(inside, v.to(tl.float32) + tl.load(scalars.value_zero + at), 0.0).to(TYPE)
+    if token_ptr is None:
+        y = times(to_codes(p * inverse - zero, low, high, True, TYPE), v)
+        rest = tl.sum(v.to(tl.float32), 0)[None, :]
+    else:
+        p = p.to(TYPE)
+        y = tl.zeros((p.shape[0], WIDTH_HEAD), tl.float32)
+        rest = tl.zeros((1, WIDTH_HEAD), tl.float32)
+        for first in tl.range(0, N, C.slice, num_stages=1):
+            row = first + tl.arange(0, C.slice)[:, None]
+            token = tl.load(token_ptr + row * N + tl.arange(0, N)[None, :])
+            codes = to_codes(times(p, tl.trans(token)) * inverse - zero, low, high, True, TYPE)
+            turned = times(token, v).to(TYPE)
+            y = tiles.dot(codes, turned, y)
+            rest += tl.sum(turned.to(tl.float32), 0)[None, :]
+    return (y + rest * zero) * tl.load(scalars.attention + at)
+
+
+@triton.jit
+def mlp(x, middle, fc1, hidden, fc2, limits_ptr, C: tl.constexpr, TYPE, CODES):
+    """Tokens x (M, WIDTH) in float32 and what the MLP adds to them.
+
+    The rotated hidden tokens are made WIDTH_HIDDEN channels at a time, all of fc1 for each.
+    """
+    ROWS: tl.constexpr = C.rows
+    WIDTH_HIDDEN: tl.constexpr = C.width_hidden
+    t = linear(normalize(x, C.size, C.eps2).to(TYPE), middle, C.size, C.width, C.size)
+    codes = to_codes_of(t, limits_ptr, 4, C.size, CODES)
+    for first in tl.range(0, C.hidden, C.width_hidden, num_stages=1):
+        turned = tl.zeros((ROWS, WIDTH_HIDDEN), tl.float32)
+        for start in tl.range(0, C.hidden, C.chunk, num_stages=1):
+            h = multiply(codes, fc1, start, C.chunk, C.hidden, 0, C.size, 0, 0)
+            h = tiles.gelu(h + load_vector(fc1.bias, start, C.chunk, C.hidden)).to(TYPE)
+            turned += multiply(h, hidden, first, C.width_hidden, C.hidden, start, C.hidden, 0, 0)
+        turned += load_vector(hidden.bias, first, C.width_hidden, C.hidden)
+        of_fc2 = to_codes_of(turned, limits_ptr, 5, C.hidden - first, CODES)
+        x += multiply(of_fc2, fc2, 0, C.width, C.size, first, C.hidden, 0, 0)
+    return x + load_vector(fc2.bias, 0, C.width, C.size)
