@@ -212,7 +212,9 @@ def test_what_lies_outside_the_grid_is_never_used(device):
 def by_halves(given: dict[str, Any]) -> Tensor:
     """The convolution of float16 operands and exact sums."""
     double = to(given, torch.double)
-    halves = {n: double[n].half().double() for n in ("x", "weight") if double[n].is_floating_point()}
+    halves = {
+        n: double[n].half().double() for n in ("x", "weight") if double[n].is_floating_point()
+    }
     return reference.convolve(**double | halves)
 
 
@@ -331,7 +333,10 @@ def test_compiles_into_one_graph(device):
         ({"weight": torch.zeros(16, 12, 2, 2)}, "weight: its shape is .* with an odd k"),
         ({"weight": torch.zeros(16, 12, 3, 1)}, "weight: its shape is .* with an odd k"),
         ({"weight": torch.zeros(16, 12, 1, 1, dtype=torch.int8)}, "scale: codes need one"),
-        ({"weight": torch.zeros(16, 12, 1, 1, dtype=torch.uint8)}, "weight: torch.uint8 is neither"),
+        (
+            {"weight": torch.zeros(16, 12, 1, 1, dtype=torch.uint8)},
+            "weight: torch.uint8 is neither",
+        ),
         ({"scale": torch.ones(16)}, "scale: a weight of torch.float32 has none"),
         ({"bias": torch.zeros(12)}, r"bias: its shape is \(12,\); it needs \(16,\)"),
         ({"mean": torch.zeros(1, 12)}, r"mean: its shape is \(1, 12\); it needs \(12,\)"),

@@ -293,7 +293,7 @@ class SwinIR(nn.Module):
 
     def _enlarge(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        given, x = x.dtype, x.to(wide(self.conv_first.weight.dtype))
+        given, x = x.dtype, x.to(wide(self.conv_first.bias.dtype))
         mean = self.mean.flatten()
         x = mirror_to_multiple(x, self.config.window_size)
         first = self.conv_first(x, mean=mean)

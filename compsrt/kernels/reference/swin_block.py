@@ -30,6 +30,7 @@ stays in the cache; windows that need the same mask go together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -134,7 +135,7 @@ def _site(grid: Grid, name: str, shape: Sequence[int] = ()) -> _Site:
     if grid.codes != "clamped":
         raise ValueError(f"{name}: unclamped codes cannot be folded; use clamped ones")
     for field, scalar in zip(Grid._fields, grid[:4], strict=False):
-        if scalar is not None and scalar.numel() != 1 and scalar.shape != torch.Size(shape):
+        if scalar is not None and scalar.numel() not in (1, math.prod(shape)):
             raise ValueError(
                 f"{name}: {field} has shape {tuple(scalar.shape)}; use ()"
                 + (f" or {tuple(shape)}" if shape else "")
@@ -213,6 +214,8 @@ def _linear(
 def _codes_of(weight: QuantWeight, name: str) -> tuple[Tensor, _Site, Tensor | None]:
     """A weight's signed codes (int8), 0 where it is pruned; its grid; its mask (int8)."""
     values, grid, mask = weight
+    if grid is None:
+        raise ValueError(f"{name}: integers need a scale for a tensor or a channel; use fold")
     site = _site(grid, name, (len(values), 1))
     if values.is_floating_point():
         values = quantize_codes(values, *grid[:4], bits=grid.bits)
