@@ -15,7 +15,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compsrt.cli import ArgumentParser, format_table, nearest, open_device, progress, run
+from compsrt.cli import (
+    ArgumentParser,
+    SeveralErrors,
+    format_table,
+    nearest,
+    open_device,
+    progress,
+    run,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -238,6 +246,18 @@ def test_an_error_of_the_user_is_one_line_and_code_2(error, line, capsys, monkey
     assert out == ""
     assert err.startswith(f"compsrt.train: error: {line}")
     assert err.count("\n") == 1
+
+
+def test_several_errors_are_a_line_each(capsys):
+    def main(argv):
+        raise SeveralErrors(["a.png: empty", "b\n.png: damaged", "2 of 3 failed"])
+
+    assert run(main, [], name="compsrt.upscale") == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "compsrt.upscale: error: a.png: empty",
+        "compsrt.upscale: error: b .png: damaged",
+        "compsrt.upscale: error: 2 of 3 failed",
+    ]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shape"), KeyError("x"), AssertionError()])

@@ -162,9 +162,17 @@ def test_imresize_wider_than_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(imresize(image, 0.5), expected)
 
 
+def test_imresize_of_16_bits_is_that_of_8_with_finer_steps() -> None:
+    image = noise(9, 11, 3)
+    fine = imresize(image.astype(np.uint16) * 257, 2)
+    assert fine.dtype == np.uint16
+    # Rounded twice in steps of 1 there (the second time of up to 1.25 times the first's error).
+    assert abs(fine / 257 - imresize(image, 2)).max() < 1.3
+
+
 def test_imresize_bad_arguments() -> None:
     image = noise(8, 8, 3)
-    with pytest.raises(ValueError, match="image must be uint8, got float64"):
+    with pytest.raises(ValueError, match="image must be uint8 or uint16, got float64"):
         imresize(image / 255, 0.5)  # pyright: ignore[reportArgumentType]
     for shape in [(8,), (8, 8, 4), (1, 8, 8, 3), (0, 8, 3)]:
         with pytest.raises(ValueError, match=r"shape \(H, W, 3\) or \(H, W\)"):

@@ -49,10 +49,14 @@ def reread(photo: Photo, file_format: str, folder: Path) -> Photo:
 @pytest.mark.parametrize("alpha", [False, True])
 @pytest.mark.parametrize("shape", [(7, 9), (7, 9, 3)], ids=["grey", "colours"])
 def test_16_bits_come_back_as_they_were(shape, alpha, file_format, tmp_path):
-    if alpha and len(shape) == 2 and file_format == "TIFF":
-        pytest.skip("Pillow reads no grey TIFF of 16 bits with alpha")
     transparency = noise(7, 9)[::-1] if alpha else None
     photo = Photo(noise(*shape), transparency, PROFILE, exif().tobytes())
+    if transparency is not None and len(shape) == 2 and file_format == "TIFF":
+        # Which Pillow does not read.
+        tifffile = pytest.importorskip("tifffile")
+        pixels = tifffile.imread(io.BytesIO(encode(photo, file_format)))
+        assert np.array_equal(pixels, np.stack([photo.colours, transparency], axis=2))
+        return
     again = reread(photo, file_format, tmp_path)
     assert np.array_equal(again.colours, photo.colours)
     assert again.colours.dtype == np.uint16
@@ -112,7 +116,7 @@ def test_exif_of_a_tiff_is_not_its_layout(tmp_path):
     assert set(kept) == {0x010F, 0x8769, 0x8825}
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Truncated File Read")
+@pytest.mark.filterwarnings("ignore:.*EXIF")
 def test_damaged_exif_costs_no_picture(tmp_path):
     image = Image.fromarray(noise(7, 9, 3, dtype=np.uint8))
     for number, data in enumerate(
