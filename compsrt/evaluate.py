@@ -12,13 +12,14 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compsrt.cli import DTYPES, ArgumentParser, run
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from compsrt.distributed import Ranks
@@ -109,9 +110,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     machine.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="what the models compute in"
     )
+    machine.add_argument(
+        "--arithmetic", nargs="+", default=["auto"], metavar="WAY",
+        help="how packed SwinIRs compute: auto, fold, integer or reference; several: a row each",
+    )  # fmt: skip
     options = parser.parse_args(argv)
-    if options.agreement and len(options.models) < 2:
-        parser.error("--agreement needs at least two MODELs")
+    if options.agreement and len(options.models) * len(options.arithmetic) < 2:
+        parser.error("--agreement needs at least two MODELs, or one in two ways of --arithmetic")
     if options.save_images and options.output is None:
         parser.error("--save-images needs --output, the folder to write them to")
     if options.force and options.report is None:
@@ -128,13 +133,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _evaluate(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
     import torch
 
-    from compsrt import checkpoint, data, report, scoring
+    from compsrt import data, report, scoring
 
     # What is wrong with the arguments is found before the first picture is enlarged.
-    names = _short_names(options.models)
     dtype = getattr(torch, options.dtype)
-    models = [checkpoint.load(path, ranks.device, dtype) for path in options.models]
-    scale = _scale(options.scale, dict(zip(options.models, models, strict=True)))
+    runs = list(_runs(options.models, options.arithmetic, ranks.device, dtype))
+    names = [name for name, *_ in runs]
+    scale = _scale(options.scale, {path: model for _, path, model in runs})
     sets = {
         name: data.find_pairs(folder, scale)
         for name, folder in zip(_short_names(options.test), options.test, strict=True)
@@ -152,7 +157,7 @@ def _evaluate(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | Non
         output.mkdir(parents=True, exist_ok=True)
     candidates: list[tuple[str, str | None, nn.Module | None]] = [("bicubic", None, None)]
     candidates = candidates * options.bicubic
-    candidates += zip(names, options.models, models, strict=True)
+    candidates += runs
     rows: list[dict[str, Any]] = []
     pictures: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="compsrt-") as scratch:
@@ -195,6 +200,20 @@ def _evaluate(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | Non
         written = report.write(page, rows, pictures, sets, scale, enlarged=enlarged, count=count)
         print(f"report: {written}")
     return result
+
+
+def _runs(
+    paths: Sequence[str], ways: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, str, nn.Module]]:
+    """(name, path, model) of every row: one a file, and one a way to compute where a model has several."""
+    from compsrt import checkpoint, models
+
+    for name, path in zip(_short_names(paths), paths, strict=True):
+        model = checkpoint.load(path, device, dtype, ways[0])
+        several = len(ways) > 1 and models.arithmetics(model)
+        yield f"{name}, {ways[0]}" if several else name, path, model
+        for way in ways[1:] if several else ():
+            yield f"{name}, {way}", path, checkpoint.load(path, device, dtype, way)
 
 
 def _short_names(paths: Sequence[str]) -> list[str]:

@@ -151,6 +151,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="tiles at a time; more of them fill a GPU when tiles are small",
     )
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    machine.add_argument(
+        "--arithmetic",
+        default="auto",
+        metavar="WAY",
+        help="how a packed SwinIR computes: auto, fold, integer or reference",
+    )
     return parser.parse_args(argv)
 
 
@@ -187,7 +193,9 @@ class _Enlarger:
 
         options = self.options
         self.dtype = dtype
-        model = checkpoint.load(options.model, self.device, getattr(torch, dtype))
+        model = checkpoint.load(
+            options.model, self.device, getattr(torch, dtype), options.arithmetic
+        )
         try:
             self.run = Tiled(
                 model, options.tile, batch=options.batch, self_ensemble=options.self_ensemble

@@ -119,6 +119,19 @@ def test_agreement_with_the_first_model(folder, tmp_path, capsys):
     assert float(rows[5]["agreement"]) == written[5]["agreement"]
 
 
+def test_the_ways_in_which_a_packed_model_computes_agree(folder, capsys):
+    words = arguments(folder, "packed.safetensors", "float.safetensors", "--test", "A")
+    ways = ["--no-bicubic", "--agreement", "--arithmetic", "auto", "reference", "integer"]
+    assert run(evaluate.main, [*words, *ways]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    names = [row["model"] for row in rows]
+    assert names == ["packed, auto", "packed, reference", "packed, integer", "float"]
+    for row in rows[1:3]:  # a code may round the other way in float32
+        assert row["psnr_difference"] < 0.02 and (row["agreement"] or 99) > 45
+    assert run(evaluate.main, [*words, "--arithmetic", "floating"]) == 2
+    assert "arithmetic: 'floating' is unknown" in capsys.readouterr().err
+
+
 def test_self_ensemble_and_data_type(folder, tmp_path, capsys):
     words = arguments(folder, "float.safetensors", "--test", "B", "--no-bicubic", "--save-images")
     pictures = {}

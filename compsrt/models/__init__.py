@@ -127,6 +127,14 @@ def quantized(network: nn.Module, spec: QuantSpec) -> nn.Module:
     )
 
 
+def arithmetics(model: nn.Module) -> tuple[str, ...]:
+    """The ways in which a model can compute, for `set_arithmetic`; () for one that has one way only."""
+    from .quant_swinir import ARITHMETICS, QuantSwinBlock
+
+    blocks = any(isinstance(module, QuantSwinBlock) for module in model.modules())
+    return ARITHMETICS if blocks else ()
+
+
 def set_arithmetic(model: nn.Module, arithmetic: str) -> None:
     """How a quantized SwinIR computes from now on: "auto", "fold", "integer" or "reference".
 
