@@ -16,7 +16,11 @@ parts is left out:
     x w = x_high w_high + x_high w_low + x_low w_high
 
 Where an operand is exact in bfloat16 (int8 codes, bfloat16 tokens and weights) it has no low part.
-This is for NVIDIA and AMD alike, where TF32 is not; and Triton's TF32 cuts off all but 11 bits.
+This is for NVIDIA and AMD alike, where TF32 is not. Relative error of sums of 540 products of normal
+numbers, root of the mean square, each way of rounding emulated on a CPU against float64:
+
+    float32 2.4e-7    as above 4.4e-6    float16 operands 2.9e-4    TF32 cut off, as Triton does, 7.7e-4
+
 Half tokens whose result is half too are multiplied in their own type.
 """
 
@@ -147,9 +151,9 @@ def _convolve_kernel(
         at = x_ptr + b * stride_b + from_y.to(tl.int64) * stride_y + from_x.to(tl.int64) * C.stride
         at_weight = weight_ptr + (tap // C.side * C.stride_down + tap % C.side * C.stride_across)
         if extras.norm_weight is not None:
-            k = tl.arange(0, C.width)[None, :]
-            whole = _load_tokens(at, extras, inside, k, stride_k, C)
-            mean, inverse = tiles.layer_norm_statistics(whole, k < C.size, C.size, C.eps)
+            every = tl.arange(0, C.width)[None, :]
+            whole = _load_tokens(at, extras, inside, every, stride_k, C)
+            mean, inverse = tiles.layer_norm_statistics(whole, every < C.size, C.size, C.eps)
         for first in tl.range(0, C.size, C.depth):
             k = first + tl.arange(0, C.depth)[None, :]
             tokens = _load_tokens(at, extras, inside, k, stride_k, C)
@@ -211,15 +215,17 @@ def _constants(
     wide = torch.promote_types(x.dtype, dtype) == torch.float32
     width, block = (max(16, next_power_of_two(size)) for size in (k, n))
     given = extras.mean is None and extras.norm_weight is None  # x enters as it is
+    # With these sizes and 8 warps nothing spills on any target of aot.py, and sm_80 has twice the
+    # occupancy that 64 channels at a time leave it for float32; their speed is not measured yet.
     return Constants(
         size=k,
         out=n,
         side=side,
         shuffle=shuffle,
         down=8,
-        across=8,
+        across=16,
         width=width,
-        depth=min(width, 64),
+        depth=min(width, 32 if wide else 64),
         block=min(block, 64),
         stride=x.stride(2),
         stride_n=weight.stride(0),
@@ -262,7 +268,7 @@ def _forward(
             x.stride(1),
             x.stride(3),
             C=c,
-            num_warps=4,
+            num_warps=8,
             num_stages=1,  # loads that are not pipelined go through the first-level cache
         )
     return out
@@ -352,6 +358,7 @@ def examples():
             ("layer", 60, 60, 1),
             ("layer int8", 60, 60, 1),
             ("body", 60, 60, 1),
+            ("wide body", 180, 180, 1),
             ("x4", 60, 48, 4),
             ("x2", 60, 12, 2),
         ):
@@ -368,7 +375,7 @@ def examples():
             if name == "layer int8":
                 weight = weight.to(torch.int8)
                 extras = extras._replace(scale=torch.empty(out))
-            if name == "body":
+            if name.endswith("body"):
                 vector = torch.empty(size)
                 extras = extras._replace(norm_weight=vector, norm_bias=vector)
             target = torch.float32 if shuffle > 1 else dtype
