@@ -88,8 +88,9 @@ class QuantSpec:
     a head at query, key, value and attention. one_sided: whether DOBI may
     choose a one-sided range ("auto", by error, or "never"). percentile: of the method of that
     name, per cent. seed: of the random transform. storage: type of all that stays float.
-    convolution_bits: of the weights of SwinIR's convolutions, with a scale for each output channel;
-    None leaves them float. site_bits: (pattern, bits) pairs for sites by name, the last that matches.
+    convolution_bits: of the weights of SwinIR's convolutions, with a scale for each output channel,
+    and its position tables then take 8 bits, a scale a head; None leaves both float.
+    site_bits: (pattern, bits) pairs for sites by name, the last that matches.
     train_weights: which of TRAINED_KINDS are trained beside the scalars. rounding: of weights in
     calibration, "nearest" or for the least error of their layers' "output" (rounding.py).
     average_bits: 1 to 8; calibration finds the site_bits with this average (allocation.py).
@@ -330,7 +331,7 @@ class WeightQuantizer(Quantizer):
     rotated: Tensor | None
     integers: Tensor | None
     mask: Tensor | None
-    prunable = True
+    kind = "weights"  # of TRAINED_KINDS; only weights of linear layers are pruned and have a budget
     compact_form: tuple[str, ...] = ("lower", "alpha")  # what is stored of compact scales
 
     def __init__(self, rotated: Tensor, bits: int, spec: QuantSpec, searched_rows: int | None):
@@ -349,6 +350,10 @@ class WeightQuantizer(Quantizer):
         self.register_buffer("rotated", rotated)
         self.register_buffer("mask", None)
         self.register_buffer("integers", None)
+
+    @property
+    def prunable(self) -> bool:
+        return self.kind == "weights"
 
     @property
     def size(self) -> torch.Size:

@@ -13,7 +13,8 @@ multiplied in the rotated domain, because (X T)(W T)^T = X W^T. Four ops of `ker
 A padded transform (order > size) is no rotation of the coefficients it adds, so there the
 projection T^T T stands between two quantized operands; the ops see to it.
 
-With `spec.convolution_bits` the weights of the convolutions are quantized too, their inputs are not.
+With `spec.convolution_bits` the weights of the convolutions are quantized too, their inputs are not,
+and the relative-position tables.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from ..quantization import (
     METHODS,
     Quantizer,
     QuantSpec,
+    SymmetricWeightQuantizer,
     WeightQuantizer,
     named_quantizers,
     round_to_storage,
@@ -40,6 +42,10 @@ from ..quantization import (
 from ..transforms import next_power_of_two, transform_matrix
 from . import swinir
 from .quant_sesr import QuantConv2d
+
+# Of relative-position tables. On the nano model, everything else float, its picture is then 98.8 dB
+# from the float network's: nothing is lost, and 5.4 kB of 288 are saved.
+TABLE_BITS = 8
 
 
 class QuantLinear(nn.Module):
@@ -164,7 +170,12 @@ class QuantSwinBlock(nn.Module):
         for site in (self.query, self.key, self.value):
             site.products = self.window**2
         self.attention.products = self.head_dim
-        self.relative_position_bias_table = attention.relative_position_bias_table
+        self.relative_position_bias_table: Any = attention.relative_position_bias_table
+        if spec.convolution_bits is not None:
+            table = attention.relative_position_bias_table.detach().T.clone()
+            del self.relative_position_bias_table
+            self.relative_position_bias_table = SymmetricWeightQuantizer(table, TABLE_BITS, spec)
+            self.relative_position_bias_table.kind = "tables"
         self.proj = linear(attention.proj, "proj")
         self.norm2 = block.norm2
         self.fc1 = linear(mlp.fc1, "fc1")
@@ -217,7 +228,7 @@ class QuantSwinBlock(nn.Module):
             q,
             k,
             v,
-            self.relative_position_bias_table,
+            self._table(),
             [site.grid() for site in self._attention_sites()],
             heads=self.heads,
             window=self.window,
@@ -228,6 +239,11 @@ class QuantSwinBlock(nn.Module):
             token_rotation=token,
         )
         return _rotate_heads(y, back, self.heads)
+
+    def _table(self) -> Tensor:
+        """Relative-position bias ((2 window - 1)^2, heads)."""
+        table = self.relative_position_bias_table
+        return table().T.contiguous() if isinstance(table, SymmetricWeightQuantizer) else table
 
     def _attention_sites(self) -> tuple[Quantizer, ...]:
         return self.query, self.key, self.value, self.attention
@@ -240,7 +256,7 @@ class QuantSwinBlock(nn.Module):
             q,
             k,
             v,
-            self.relative_position_bias_table,
+            self._table(),
             self._attention_sites(),
             self.heads,
             self.window,
@@ -292,7 +308,7 @@ def _swap_convolutions(model: nn.Module, spec: QuantSpec, bits: int) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Conv2d):
             convolution = QuantConv2d(module, spec, bits)
-            convolution.weight.prunable = False
+            convolution.weight.kind = "convolutions"
             model.set_submodule(name, convolution)
 
 
