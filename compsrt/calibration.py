@@ -12,6 +12,7 @@ from .allocation import allocate
 from .kernels.reference import sort_rows
 from .pruning import prune
 from .quantization import (
+    CALIBRATIONS,
     METHODS,
     Quantizer,
     QuantSpec,
@@ -22,8 +23,6 @@ from .quantization import (
 )
 from .rounding import round_for_outputs
 from .transform_search import choose_transforms
-
-CALIBRATIONS = ("minmax", "percentile", "dobi")
 
 
 def search_bounds(
@@ -48,9 +47,9 @@ def search_bounds(
     if x.numel() == 0:
         raise ValueError("x: it has no elements to search bounds on")
     rows = x.detach().flatten(1) if per_row else x.detach().reshape(1, -1)
-    if method == "dobi":
+    if method in ("dobi", "dobi-asymmetric"):
         lower, upper, _ = kernels.search_bounds(
-            rows, bits, one_sided=one_sided, candidates=candidates
+            rows, bits, one_sided=one_sided, candidates=candidates, asymmetric=method != "dobi"
         )
     elif method == "minmax":
         lower, upper = rows.aminmax(dim=1)
@@ -70,7 +69,7 @@ class _Observer:
 
     def __init__(self, spec: QuantSpec):
         self.spec = spec
-        self.method = METHODS[spec.method].calibration
+        self.method = spec.calibration or METHODS[spec.method].calibration
         self.last: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, quantizer: Quantizer, x: Tensor) -> None:

@@ -88,8 +88,7 @@ class StepAdam(torch.optim.Optimizer):
 def kind_of(module: nn.Module, name: str) -> str | None:
     """To which of TRAINED_KINDS a module's own parameter or buffer belongs."""
     if isinstance(module, WeightQuantizer):
-        kind = "weights" if module.prunable else "convolutions"
-        return kind if name == "rotated" else None
+        return module.kind if name == "rotated" else None
     if isinstance(module, Quantizer):
         return None
     if isinstance(module, nn.LayerNorm):

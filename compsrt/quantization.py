@@ -20,6 +20,7 @@ PRUNING_PATTERNS = ("unstructured", "2:4")
 SCALARS = ("lower", "upper", "alpha", "beta")
 _OPTIONAL_BITS = ("weight_bits", "activation_bits", "convolution_bits")
 TRAINED_KINDS = ("weights", "biases", "norms", "tables", "convolutions")
+CALIBRATIONS = ("minmax", "percentile", "dobi", "dobi-asymmetric")
 ROUNDINGS = ("nearest", "output")
 STORAGE = {"float16": torch.float16, "float32": torch.float32}
 
@@ -88,10 +89,12 @@ class QuantSpec:
     a head at query, key, value and attention. one_sided: whether DOBI may
     choose a one-sided range ("auto", by error, or "never"). percentile: of the method of that
     name, per cent. seed: of the random transform. storage: type of all that stays float.
-    convolution_bits: of the weights of SwinIR's convolutions, with a scale for each output channel;
-    None leaves them float. site_bits: (pattern, bits) pairs for sites by name, the last that matches.
-    train_weights: which of TRAINED_KINDS are trained beside the scalars. rounding: of weights in
-    calibration, "nearest" or for the least error of their layers' "output" (rounding.py).
+    convolution_bits: of the weights of SwinIR's convolutions, with a scale for each output channel,
+    and its position tables then take 8 bits, a scale a head; None leaves both float.
+    site_bits: (pattern, bits) pairs for sites by name, the last that matches.
+    train_weights: which of TRAINED_KINDS are trained beside the scalars. calibration: one of
+    CALIBRATIONS, or None for the method's own. rounding: of weights then, "nearest" or for the least
+    error of their layers' "output" (rounding.py).
     average_bits: 1 to 8; calibration finds the site_bits with this average (allocation.py).
     weight_groups: weights of a row that share a scale (a divisor of every row's length), instead of
     all of the tensor, or of the row with per_channel.
@@ -114,6 +117,7 @@ class QuantSpec:
     convolution_bits: int | None = _since(2, None)
     site_bits: tuple[tuple[str, int], ...] = _since(2, ())
     train_weights: tuple[str, ...] = _since(2, ())
+    calibration: str | None = _since(2, None)
     rounding: str = _since(2, "nearest")
     average_bits: float | None = _since(2, None)
     weight_groups: int | None = _since(2, None)
@@ -149,6 +153,8 @@ class QuantSpec:
             _one_of("train_weights", kind, TRAINED_KINDS)
         _one_of("codes", self.codes, ("clamped", "unclamped"))
         _one_of("one_sided", self.one_sided, ("auto", "never"))
+        if self.calibration is not None:
+            _one_of("calibration", self.calibration, CALIBRATIONS)
         _one_of("rounding", self.rounding, ROUNDINGS)
         _one_of("storage", self.storage, STORAGE)
         _one_of("pruning_pattern", self.pruning_pattern, PRUNING_PATTERNS)
@@ -330,7 +336,7 @@ class WeightQuantizer(Quantizer):
     rotated: Tensor | None
     integers: Tensor | None
     mask: Tensor | None
-    prunable = True
+    kind = "weights"  # of TRAINED_KINDS; only weights of linear layers are pruned and have a budget
     compact_form: tuple[str, ...] = ("lower", "alpha")  # what is stored of compact scales
 
     def __init__(self, rotated: Tensor, bits: int, spec: QuantSpec, searched_rows: int | None):
@@ -349,6 +355,10 @@ class WeightQuantizer(Quantizer):
         self.register_buffer("rotated", rotated)
         self.register_buffer("mask", None)
         self.register_buffer("integers", None)
+
+    @property
+    def prunable(self) -> bool:
+        return self.kind == "weights"
 
     @property
     def size(self) -> torch.Size:

@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     from compsrt import float_command, srp_command
     from compsrt.quantization import (
+        CALIBRATIONS,
         METHODS,
         PRUNING_PATTERNS,
         ROUNDINGS,
@@ -112,6 +113,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     quantizer.add_argument("--weight-groups", type=int, metavar="N",
                            help="a weight scale for each N inputs of an output channel")  # fmt: skip
+    quantizer.add_argument("--calibration", choices=CALIBRATIONS, metavar="NAME",
+                           help="first bounds, instead of the method's own:"
+                           f" {', '.join(CALIBRATIONS)}")  # fmt: skip
     quantizer.add_argument("--rounding", choices=ROUNDINGS, default="nearest",
                            help="of weights: to the nearest code, or for the least error of the"
                            " layer's output")  # fmt: skip

@@ -135,3 +135,25 @@ def test_twenty_runs_are_the_same_bits():
         runs = [kernels.search_bounds(x, 4) for _ in range(20)]
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@given(
+    seed=st.integers(0, 99), bits=st.sampled_from([1, 2, 3, 4]), skew=st.sampled_from([0.0, 1.0])
+)
+def test_bounds_that_move_on_their_own(seed, bits, skew):
+    """No worse than the shrunken ranges, their error is what it says, and no pair nearby is better."""
+    x = randn(2, 200, seed=seed, dtype=torch.float32)
+    x = x + skew * x.square()
+    first = reference.search_bounds(x, bits, one_sided=None)[2]
+    lower, upper, error = kernels.search_bounds(x, bits, one_sided=None, asymmetric=True)
+    assert (error <= first * (1 + 1e-9)).all()
+    unit = (x.amax(1) - x.amin(1)).double() / 200
+    for row in range(2):
+        ends = [end[row].double() + unit[row] / 4 * torch.arange(-3, 4) for end in (lower, upper)]
+        low, high = (grid.flatten() for grid in torch.meshgrid(*ends, indexing="ij"))
+        step = ((high - low) / (2**bits - 1))[:, None]
+        v = x[row].double()[None]
+        code = ((v - low[:, None]) / step).round().clamp(0, 2**bits - 1)
+        brute = (v - low[:, None] - step * code).square().sum(1).view(7, 7)
+        torch.testing.assert_close(brute[3, 3], error[row], rtol=1e-5, atol=1e-9)
+        assert error[row] <= brute[2:5, 2:5].min() * (1 + 1e-5)

@@ -36,6 +36,7 @@ from compsrt.quantization import (
     METHODS,
     QuantSpec,
     WeightQuantizer,
+    compact_scales,
     named_quantizers,
     stored_as_float,
 )
@@ -154,12 +155,46 @@ def test_bits_of_sites_and_convolutions_are_what_the_file_takes(packed):
         stored = file.get_tensor("codes")
     convolutions = sum(p.numel() for n, p in float_model().named_parameters() if p.dim() == 4)
     mlp = 2 * 2 * 12 * 24
-    bits = 2 * mlp + 4 * (LINEAR_WEIGHTS - mlp) + 7 * convolutions
+    tables = 2 * 2 * 7**2
+    bits = 2 * mlp + 4 * (LINEAR_WEIGHTS - mlp) + 7 * convolutions + 8 * tables
     assert len(stored) == -(-bits // 8)
-    assert not any("conv" in name and "bias" not in name for name in stored_as_float(model))
+    names = set(stored_as_float(model))
+    assert all(name.endswith("bias") or "norm" in name for name in names)
     scales = 32 * 4 * WEIGHT_SITES
     counted = size_report(model)["bits_per_weight"] * LINEAR_WEIGHTS
     assert counted == 2 * mlp + 4 * (LINEAR_WEIGHTS - mlp) + scales
+
+
+@pytest.mark.parametrize(
+    ("fields", "scales"),
+    [
+        ({"per_channel": True}, 2 * (5 * 12 + 24)),
+        ({"weight_groups": 4, "pruning": 0.4}, 2 * (5 * 12 * 3 + 24 * 3 - 12 * 3 + 12 * 6)),
+        ({"per_channel": True, "method": "lsq+", "storage": "float32"}, 2 * (5 * 12 + 24)),
+        ({"per_channel": True, "convolution_bits": 6}, 2 * (5 * 12 + 24)),
+    ],
+)
+def test_compact_scales_take_two_numbers_of_the_storage_type(fields, scales, packed):
+    """step and zero point of every row or group; the model is the one that the file gives back."""
+    spec = QuantSpec(bits=3, **fields)
+    model, x = quantized(spec), torch.rand(1, 3, 9, 13)
+    with torch.no_grad():
+        before = model(x)
+    save_packed(model, packed)
+    assert_same_output(model, load(packed), x)
+    compact_scales(model)
+    save_packed(model, packed)
+    loaded = load(packed)
+    assert loaded.card["format"] == 2
+    assert_same_output(model, loaded, x)
+    save_packed(loaded, packed.with_name("again"))
+    assert packed.read_bytes() == packed.with_name("again").read_bytes()
+    each = 2 * (16 if spec.storage == "float16" else 32)
+    codes = 3 * round(LINEAR_WEIGHTS * (1 - spec.pruning)) + LINEAR_WEIGHTS * bool(spec.pruning)
+    bits = size_report(loaded)["bits_per_weight"] * LINEAR_WEIGHTS
+    assert bits == pytest.approx(codes + each * scales, abs=3 * WEIGHT_SITES)
+    with torch.no_grad():
+        assert (model(x) - before).abs().mean() < 0.1 * before.std()
 
 
 def test_convolutions_of_every_kind_are_quantized_and_never_pruned(tmp_path):

@@ -135,12 +135,18 @@ def _(x, bits, one_sided, candidates):
 
 
 def search_bounds(
-    x: Tensor, bits: int, *, one_sided: bool | None = False, candidates: int = 100
+    x: Tensor,
+    bits: int,
+    *,
+    one_sided: bool | None = False,
+    candidates: int = 100,
+    asymmetric: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The bounds with the least squared error among `candidates` shrunken ranges of each row.
 
     x: (R, N), N >= 1, float32, float16 or bfloat16 (float64 by the reference). one_sided: whether
-    only the upper bound shrinks; None tries both kinds. Returns lower, upper (in x's type) and the
+    only the upper bound shrinks; None tries both kinds. asymmetric: then both bounds move on their
+    own, by the reference on every device. Returns lower, upper (in x's type) and the
     squared error (float64), each (R,); of equal candidates the first wins. A row with NaN gives
     NaN. Raises ValueError for another shape, no candidates, and bits outside 1 to 8.
     """
@@ -148,8 +154,10 @@ def search_bounds(
         raise ValueError(f"x: shape {tuple(x.shape)} is not (R, N) with N of at least 1")
     if candidates < 1:
         raise ValueError(f"candidates: {candidates} is below 1")
-    if not use_triton(x):
-        return reference.search_bounds(x, bits, one_sided=one_sided, candidates=candidates)
+    if asymmetric or not use_triton(x):
+        return reference.search_bounds(
+            x, bits, one_sided=one_sided, candidates=candidates, asymmetric=asymmetric
+        )
     reference.check_quantizer(bits, "clamped")
     return _search_bounds(x.detach(), bits, one_sided, candidates)
 

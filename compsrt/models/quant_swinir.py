@@ -13,7 +13,8 @@ multiplied in the rotated domain, because (X T)(W T)^T = X W^T. Four ops of `ker
 A padded transform (order > size) is no rotation of the coefficients it adds, so there the
 projection T^T T stands between two quantized operands; the ops see to it.
 
-With `spec.convolution_bits` the weights of the convolutions are quantized too, their inputs are not.
+With `spec.convolution_bits` the weights of the convolutions are quantized too, their inputs are not,
+and the relative-position tables.
 
 So a network is trained and its levels are counted. What is only run is folded (`set_arithmetic`): all
 that does not depend on the tokens becomes a few matrices, and a block one op,
@@ -37,6 +38,7 @@ from ..quantization import (
     METHODS,
     Quantizer,
     QuantSpec,
+    SymmetricWeightQuantizer,
     WeightQuantizer,
     named_quantizers,
     round_to_storage,
@@ -51,6 +53,10 @@ from .replay import Replay
 # matrices that hold everything else; "integer": codes times codes, exact; "auto": folded where that
 # can be, in the way that suits device and type.
 ARITHMETICS = ("auto", "fold", "integer", "reference")
+
+# Of relative-position tables. On the nano model, everything else float, its picture is then 98.8 dB
+# from the float network's: nothing is lost, and 5.4 kB of 288 are saved.
+TABLE_BITS = 8
 
 
 class QuantLinear(nn.Module):
@@ -175,7 +181,12 @@ class QuantSwinBlock(nn.Module):
         for site in (self.query, self.key, self.value):
             site.products = self.window**2
         self.attention.products = self.head_dim
-        self.relative_position_bias_table = attention.relative_position_bias_table
+        self.relative_position_bias_table: Any = attention.relative_position_bias_table
+        if spec.convolution_bits is not None:
+            table = attention.relative_position_bias_table.detach().T.clone()
+            del self.relative_position_bias_table
+            self.relative_position_bias_table = SymmetricWeightQuantizer(table, TABLE_BITS, spec)
+            self.relative_position_bias_table.kind = "tables"
         self.proj = linear(attention.proj, "proj")
         self.norm2 = block.norm2
         self.fc1 = linear(mlp.fc1, "fc1")
@@ -202,7 +213,7 @@ class QuantSwinBlock(nn.Module):
         Raises ValueError for "fold" and "integer" where a block cannot be folded (padded transforms,
         unclamped codes; for "integer" scales finer than a channel too); "auto" then is "reference".
         """
-        device = self.relative_position_bias_table.device
+        device = self.norm1.weight.device
         self.arithmetic, self._folded = arithmetic, None
         if arithmetic == "reference" or device.type == "meta":
             return
@@ -268,7 +279,7 @@ class QuantSwinBlock(nn.Module):
             q,
             k,
             v,
-            self.relative_position_bias_table,
+            self._table(),
             [site.grid() for site in self._attention_sites()],
             heads=self.heads,
             window=self.window,
@@ -289,7 +300,7 @@ class QuantSwinBlock(nn.Module):
             self.proj.layer(),
             self.fc1.layer(),
             self.fc2.layer(),
-            self.relative_position_bias_table,
+            self._table(),
             [site.grid() for site in self._attention_sites()],
             norms=(_norm(self.norm1), _norm(self.norm2)),
             heads=self.heads,
@@ -304,6 +315,11 @@ class QuantSwinBlock(nn.Module):
             dtype=dtype,
         )
 
+    def _table(self) -> Tensor:
+        """Relative-position bias ((2 window - 1)^2, heads)."""
+        table = self.relative_position_bias_table
+        return table().T.contiguous() if isinstance(table, SymmetricWeightQuantizer) else table
+
     def _attention_sites(self) -> tuple[Quantizer, ...]:
         return self.query, self.key, self.value, self.attention
 
@@ -315,7 +331,7 @@ class QuantSwinBlock(nn.Module):
             q,
             k,
             v,
-            self.relative_position_bias_table,
+            self._table(),
             self._attention_sites(),
             self.heads,
             self.window,
@@ -397,7 +413,7 @@ def _swap_convolutions(model: nn.Module, spec: QuantSpec, bits: int) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Conv2d):
             convolution = _WeightConv2d(module, spec, bits)
-            convolution.weight.prunable = False
+            convolution.weight.kind = "convolutions"
             model.set_submodule(name, convolution)
 
 

@@ -327,14 +327,20 @@ def sort_rows(x: Tensor) -> Tensor:
 
 
 def search_bounds(
-    x: Tensor, bits: int, *, one_sided: bool | None = False, candidates: int = 100
+    x: Tensor,
+    bits: int,
+    *,
+    one_sided: bool | None = False,
+    candidates: int = 100,
+    asymmetric: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """DOBI: the bounds with the least squared error among `candidates` shrunken ranges, exactly.
 
     x: (R, N), a search for every row. Candidate i is [min + i d, max - i d], d = (max - min) /
-    (2 candidates); one-sided [min, max - 2 i d]; one_sided=None tries both kinds. Returns lower,
-    upper (in x's type) and the squared error (float64), each (R,); of equal candidates the first
-    wins.
+    (2 candidates); one-sided [min, max - 2 i d]; one_sided=None tries both kinds. asymmetric: from
+    there both bounds move on their own, by 8 d down to d/4, as long as the error falls: no pair of
+    bounds d/4 away is better. Returns lower, upper (in x's type) and the squared error (float64),
+    each (R,); of equal candidates the first wins.
 
     One sort and two prefix sums serve all candidates: the values that a candidate rounds to one
     level lie side by side in the sorted row, so that with their number n and sum S the error is
@@ -345,26 +351,46 @@ def search_bounds(
     rows = sort_rows(_wide(x.detach()))
     levels = 2**bits
     least, greatest = rows[:, :1].double(), rows[:, -1:].double()
-    shrink = torch.arange(candidates, dtype=torch.float64, device=x.device)
-    shrink = shrink * (greatest - least) / (2 * candidates)
+    unit = (greatest - least) / (2 * candidates)
+    shrink = torch.arange(candidates, dtype=torch.float64, device=x.device) * unit
     two_sided = least + shrink, greatest - shrink
     from_below = least.expand_as(shrink), greatest - 2 * shrink
     kinds = {False: [two_sided], True: [from_below], None: [two_sided, from_below]}[one_sided]
-    lower, upper = (torch.cat(ends, dim=1) for ends in zip(*kinds, strict=True))
-    step = (upper - lower) / (levels - 1)
     code = torch.arange(levels, dtype=torch.float64, device=x.device)
-    values = lower[..., None] + step[..., None] * code  # (R, candidates, levels)
-    edges = (values[..., :-1] + values[..., 1:]) / 2
-    cuts = torch.searchsorted(rows, edges.flatten(1).to(rows.dtype)).unflatten(1, edges.shape[1:])
-    cuts = torch.nn.functional.pad(cuts, (1, 0))
-    cuts = torch.nn.functional.pad(cuts, (0, 1), value=rows.shape[1])
-    sums = torch.nn.functional.pad(rows.cumsum(1, dtype=torch.float64), (1, 0))
-    sums = sums.gather(1, cuts.flatten(1)).unflatten(1, cuts.shape[1:]).diff(dim=-1)
+    all_sums = torch.nn.functional.pad(rows.cumsum(1, dtype=torch.float64), (1, 0))
     squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
-    error = squares[:, None] + (values * (values * cuts.diff(dim=-1) - 2 * sums)).sum(-1)
-    best = error.argmin(1, keepdim=True)
-    return (
-        lower.gather(1, best)[:, 0].to(x.dtype),
-        upper.gather(1, best)[:, 0].to(x.dtype),
-        error.gather(1, best)[:, 0].clamp_min(0),
-    )
+
+    def best_of(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The best candidate of (R, candidates): its bounds and error, each (R, 1)."""
+        step = (upper - lower) / (levels - 1)
+        values = lower[..., None] + step[..., None] * code  # (R, candidates, levels)
+        edges = ((values[..., :-1] + values[..., 1:]) / 2).to(rows.dtype)
+        cuts = torch.searchsorted(rows, edges.flatten(1).contiguous()).unflatten(1, edges.shape[1:])
+        cuts = torch.nn.functional.pad(cuts, (1, 0))
+        cuts = torch.nn.functional.pad(cuts, (0, 1), value=rows.shape[1])
+        sums = all_sums.gather(1, cuts.flatten(1)).unflatten(1, cuts.shape[1:]).diff(dim=-1)
+        error = squares[:, None] + (values * (values * cuts.diff(dim=-1) - 2 * sums)).sum(-1)
+        best = error.argmin(1, keepdim=True)
+        return lower.gather(1, best), upper.gather(1, best), error.gather(1, best)
+
+    found = best_of(*(torch.cat(ends, dim=1) for ends in zip(*kinds, strict=True)))
+    if asymmetric:
+        found = _move_bounds(best_of, found, unit)
+    lower, upper, error = (part[:, 0] for part in found)
+    return lower.to(x.dtype), upper.to(x.dtype), error.clamp_min(0)
+
+
+def _move_bounds(best_of, found: tuple[Tensor, ...], unit: Tensor) -> tuple[Tensor, ...]:
+    """A search by pattern: nine pairs of bounds around the best one, which is among them."""
+    sides = torch.tensor([0.0, -1.0, 1.0], dtype=torch.float64, device=unit.device)
+    down, up = (grid.flatten() for grid in torch.meshgrid(sides, sides, indexing="ij"))
+    for factor in (8, 4, 2, 1, 0.5, 0.25):
+        for _ in range(32):
+            lower = found[0] + factor * unit * down
+            upper = torch.maximum(found[1] + factor * unit * up, lower + unit / 8)
+            moved = best_of(lower, upper)
+            better = moved[2] < found[2] * (1 - 1e-9)
+            if not better.any():
+                break
+            found = tuple(torch.where(better, *pair) for pair in zip(moved, found, strict=True))
+    return found
