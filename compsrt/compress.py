@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint
+from . import checkpoint, models
 from .calibration import quantize
 from .data import PatchSampler
 from .distillation import Distillation
@@ -51,6 +51,7 @@ def compress(
     validation: Validation | None = None,
     feature_weight: float = 1.0,
     weight_rate: float = 1 / 30,
+    target: str = "pictures",
     folder: Path | None = None,
     settings: dict[str, Any] | None = None,
     resume: bool = False,
@@ -63,14 +64,17 @@ def compress(
     not fit their bits) and its state.pt what an interrupted distillation goes on from; after an
     interruption the packed model is the best one so far and the report says interrupted. Of the
     models on the way, the start included, the one with the best validation PSNR is kept.
-    feature_weight is of distillation, weight_rate of methods that train weights (`QuantTraining`).
+    feature_weight is of distillation, weight_rate and target of methods that train weights
+    (`QuantTraining`).
     """
     began = time.perf_counter()
-    quantized = quantize(model, spec, calibration.pictures())
+    pictures = calibration.pictures()
+    model = models.equalized(model, pictures)
+    quantized = quantize(model, spec, pictures)
     report: dict[str, Any] = {"steps": 0, "interrupted": False}
     if METHODS[spec.method].learn and schedule.steps:
         objective = (
-            QuantTraining(quantized, weight_rate=weight_rate)
+            QuantTraining(quantized, model if target == "float" else None, weight_rate=weight_rate)
             if METHODS[spec.method].weights
             else Distillation(quantized, model, feature_weight=feature_weight)
         )

@@ -1,6 +1,11 @@
-"""Quantization-aware training: weights, biases and ranges of a quantized network on the true pictures.
+"""Quantization-aware training: weights, biases and ranges of a quantized network.
 
-loss = mean |network(lr) - hr|, on luma where the network knows nothing else. The rounding of weights
+    loss = mean |network(lr) - hr|              against the true pictures, or
+    loss = mean (network(lr) - float(lr))^2     against those of the float network
+
+on luma where the network knows nothing else. The float network is the better target as long as the
+quantized one can follow it: the first loss is mostly what both get wrong, whose gradient is noise; the
+second is what quantization adds, and its square is what PSNR counts. The rounding of weights
 and activations is passed straight through. The float weights behind the codes move by parts of
 their tensor's root mean square, the ranges by parts of their quantizer's step (`StepAdam`), so one
 pair of rates serves every layer and every bit width. What is kept is the moving average of all.
@@ -23,17 +28,26 @@ LEAST_UNIT = 0.01
 class QuantTraining(AveragedTraining):
     """A calibrated network whose method trains weights; an `Objective` of the trainer.
 
-    weight_rate: of weights, over the schedule's rate, which is that of the ranges. Raises
-    ValueError for a network that is not calibrated.
+    teacher: the float network to follow; None: the true pictures are the target. weight_rate: of
+    weights, over the schedule's rate, which is that of the ranges. Raises ValueError for a network
+    that is not calibrated.
     """
 
-    def __init__(self, network: nn.Module, *, weight_rate: float, average: float = 0.998):
+    def __init__(
+        self,
+        network: nn.Module,
+        teacher: nn.Module | None = None,
+        *,
+        weight_rate: float,
+        average: float = 0.998,
+    ):
         for name, quantizer in named_quantizers(network):
             if not quantizer.calibrated:
                 raise ValueError(f"network: {name} is not calibrated")
             if isinstance(quantizer, WeightQuantizer):
                 quantizer.train_weight()
         super().__init__(network, average)
+        self.teacher = teacher
         steps = {
             id(parameter): quantizer.step
             for _, quantizer in named_quantizers(network)
@@ -57,7 +71,12 @@ class QuantTraining(AveragedTraining):
 
     def losses(self, lr: Tensor, hr: Tensor) -> dict[str, Tensor]:
         lr, hr = self.pair(lr, hr)
-        return {"loss": F.l1_loss(self.network(lr), hr)}
+        output = self.network(lr)
+        if self.teacher is None:
+            return {"loss": F.l1_loss(output, hr)}
+        with torch.no_grad():
+            target = self.teacher(lr)
+        return {"loss": F.mse_loss(output, target)}
 
     @torch.no_grad()
     def update(self) -> None:

@@ -126,6 +126,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     training.add_argument("--weight-learning-rate", type=float, default=1e-3, metavar="LR",
                           help="of the weights with --method qat, in parts of their root mean"
                           " square")  # fmt: skip
+    training.add_argument("--target", choices=("pictures", "float"), default="pictures",
+                          help="what --method qat compares with: the true pictures or those of the"
+                          " float network")  # fmt: skip
     training.add_argument("--warmup", type=int, default=0, metavar="STEPS")
     training.add_argument("--feature-weight", type=float, default=1.0, metavar="W",
                           help="of the feature term of distillation")  # fmt: skip
@@ -358,6 +361,7 @@ def _compress(
         "source": source["sha256"],
         "feature_weight": options.feature_weight,
         "weight_rate": options.weight_learning_rate / options.learning_rate,
+        "target": options.target,
     }
     done = folder / "done.json"
     if options.resume and done.exists() and json.loads(done.read_text())["settings"] == settings:
@@ -377,6 +381,7 @@ def _compress(
         validation=validation,
         feature_weight=options.feature_weight,
         weight_rate=settings["weight_rate"],
+        target=options.target,
         folder=folder,
         settings=settings,
         resume=options.resume,

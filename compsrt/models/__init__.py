@@ -125,3 +125,12 @@ def quantized(network: nn.Module, spec: QuantSpec) -> nn.Module:
     raise ValueError(
         f"model: {type(network).__name__} has no quantized form; SwinIR and SESR have one"
     )
+
+
+def equalized(network: nn.Module, pictures: Tensor) -> nn.Module:
+    """A float network that computes the same and is easier to quantize; most stay as they are."""
+    if isinstance(network, sesr.SESR):
+        from .quant_sesr import equalized
+
+        return equalized(network, pictures)
+    return network
