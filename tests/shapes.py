@@ -50,6 +50,7 @@ without_shrinking = hypothesis.settings(
 
 # The functions of `reference` that have a kernel.
 REFERENCES = (
+    "enlarge_by_convolutions",
     "fake_quantize",
     "hadamard_transform",
     "masked_matmul",

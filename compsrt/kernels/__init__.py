@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attention import quant_window_attention
     from .bounds import search_bounds
+    from .conv_stack import enlarge_by_convolutions
     from .fake_quant import fake_quantize
     from .hadamard import hadamard_transform
     from .hadamard_fake_quant import hadamard_fake_quantize
     from .linear import masked_matmul, quant_linear, quant_linears
     from .mlp import quant_mlp
     from .reference import (
+        ConvStack,
         Grid,
         LayerNormWeights,
         PackedWeight,
@@ -31,12 +33,14 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ConvStack",
     "Grid",
     "LayerNormWeights",
     "PackedWeight",
     "QuantLayer",
     "QuantWeight",
     "dequantize",
+    "enlarge_by_convolutions",
     "fake_quantize",
     "hadamard_fake_quantize",
     "hadamard_transform",
@@ -53,6 +57,7 @@ __all__ = [
 ]
 
 _FILES = {  # of the ops that have a kernel; all else is in reference/
+    "enlarge_by_convolutions": "conv_stack",
     "fake_quantize": "fake_quant",
     "hadamard_fake_quantize": "hadamard_fake_quant",
     "hadamard_transform": "hadamard",

@@ -40,6 +40,7 @@ OPS = (  # files that have examples()
     "linear",
     "mlp",
     "attention",
+    "conv_stack",
 )
 COLUMNS = ("registers", "spill", "shared", "tensor", "occupancy", "seconds")
 

@@ -42,6 +42,8 @@ def describe_state_dict(state: Mapping[str, Tensor]) -> str:
         return "EDSR"
     if has("body.0.conv1.weight") and has("conv_after_body"):
         return "EDSR as BasicSR names it"
+    if has("body.first.expand.weight"):
+        return "SESR of wide blocks, whose files hold narrow ones: store network.collapsed()"
     if sesr.recognizes(state):
         return "SESR"
     return (

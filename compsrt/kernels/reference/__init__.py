@@ -1,6 +1,7 @@
 """Every op in plain PyTorch: the definition of right, and what runs on a CPU."""
 
 from .attention import quant_window_attention
+from .conv_stack import ConvStack, enlarge_by_convolutions
 from .linear import (
     LayerNormWeights,
     PackedWeight,
@@ -28,6 +29,7 @@ from .quantize import (
 
 __all__ = [
     "CODES",
+    "ConvStack",
     "Grid",
     "LayerNormWeights",
     "PackedWeight",
@@ -35,6 +37,7 @@ __all__ = [
     "QuantWeight",
     "check_quantizer",
     "dequantize",
+    "enlarge_by_convolutions",
     "fake_quantize",
     "hadamard_transform",
     "masked_matmul",
