@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint
+from . import checkpoint, models
 from .calibration import quantize
 from .data import PatchSampler
 from .distillation import Distillation
@@ -53,6 +53,7 @@ def compress(
     picture_weight: float = 0.0,
     weight_rate: float = 1 / 30,
     average: float = 0.998,
+    target: str = "pictures",
     folder: Path | None = None,
     settings: dict[str, Any] | None = None,
     resume: bool = False,
@@ -66,17 +67,19 @@ def compress(
     interruption the packed model is the best one so far and the report says interrupted. Of the
     models on the way, the start included, the one with the best validation PSNR is kept.
     feature_weight and picture_weight are of distillation (`Distillation`), weight_rate and average
-    of runs that train more than scalars (`QuantTraining`).
+    of runs that train more than scalars, target of methods that train weights (`QuantTraining`).
     """
     began = time.perf_counter()
-    quantized = quantize(model, spec, calibration.pictures())
+    pictures = calibration.pictures()
+    model = models.equalized(model, pictures)
+    quantized = quantize(model, spec, pictures)
     report: dict[str, Any] = {"steps": 0, "interrupted": False}
     method = METHODS[spec.method]
     if (method.learn or spec.train_weights) and schedule.steps:
         more = method.weights or spec.train_weights
         rates = {"weight_rate": weight_rate, "average": average if more else 0.0}
         objective = (
-            QuantTraining(quantized, **rates)
+            QuantTraining(quantized, model if target == "float" else None, **rates)
             if method.weights
             else Distillation(
                 quantized,

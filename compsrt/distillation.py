@@ -39,8 +39,7 @@ class Distillation(QuantTraining):
         weight_rate: float = 1 / 30,
         average: float = 0.0,
     ):
-        super().__init__(student, weight_rate=weight_rate, average=average)
-        self.teacher = teacher
+        super().__init__(student, teacher, weight_rate=weight_rate, average=average)
         self.feature_weight, self.picture_weight = feature_weight, picture_weight
 
     def losses(self, lr: Tensor, hr: Tensor | None = None) -> dict[str, Tensor]:

@@ -99,6 +99,8 @@ def run(
             "schedule": json.dumps(dataclasses.asdict(schedule)),
             "seed": options.seed,
             "world": ranks.world,
+            # The wide weights are what a run goes on from; narrow networks have none.
+            **({"expansion": options.expansion} if hasattr(network, "widened") else {}),
         },
         resume=options.resume,
         compiled=options.compile,

@@ -6,8 +6,15 @@ Rounding passes gradients straight through. Sizes differ by orders of magnitude 
 parts of its root mean square, a learned rotation by radians. So one pair of rates serves every layer
 and every bit width.
 
-What is trained is what the method learns and spec.train_weights names. `QuantTraining` compares with
-the true pictures; `distillation.Distillation` with a float teacher.
+What is trained is what the method learns and spec.train_weights names. `QuantTraining` compares
+pictures, on luma where the network knows nothing else:
+
+    loss = mean |network(lr) - hr|              with the true ones, or
+    loss = mean (network(lr) - float(lr))^2     with those of the float network
+
+The float network is the better target as long as the quantized one can follow it: the first loss is
+mostly what both get wrong, whose gradient is noise; the second is what quantization adds, and its
+square is what PSNR counts. `distillation.Distillation` compares features too.
 """
 
 from __future__ import annotations
@@ -99,14 +106,22 @@ def kind_of(module: nn.Module, name: str) -> str | None:
 
 
 class QuantTraining(AveragedTraining):
-    """A calibrated network against the true pictures; an `Objective` of the trainer.
+    """A calibrated network against pictures; an `Objective` of the trainer.
 
-    weight_rate: of float tensors, over the schedule's rate, which is that of the scalars. average:
-    decay of the moving average that is kept (0: the network itself is). Raises ValueError for a
-    network that learns nothing or is not calibrated.
+    teacher: the float network to follow; None: the true pictures are the target. weight_rate: of
+    float tensors, over the schedule's rate, which is that of the scalars. average: decay of the
+    moving average that is kept (0: the network itself is). Raises ValueError for a network that
+    learns nothing or is not calibrated.
     """
 
-    def __init__(self, network: nn.Module, *, weight_rate: float, average: float = 0.998):
+    def __init__(
+        self,
+        network: nn.Module,
+        teacher: nn.Module | None = None,
+        *,
+        weight_rate: float,
+        average: float = 0.998,
+    ):
         spec = quant_spec(network)
         assert spec is not None
         kinds = {*spec.train_weights, *(["weights"] if METHODS[spec.method].weights else [])}
@@ -121,6 +136,7 @@ class QuantTraining(AveragedTraining):
                 if kind_of(module, name) in kinds:
                     parameter.requires_grad_(True)
         super().__init__(network, average)
+        self.teacher = teacher
         parameters = self.trained().values()
         if not parameters:
             raise ValueError("network: its method learns nothing; there is nothing to train")
@@ -157,7 +173,12 @@ class QuantTraining(AveragedTraining):
 
     def losses(self, lr: Tensor, hr: Tensor) -> dict[str, Tensor]:
         lr, hr = self.pair(lr, hr)
-        return {"loss": F.l1_loss(self.network(lr), hr)}
+        output = self.network(lr)
+        if self.teacher is None:
+            return {"loss": F.l1_loss(output, hr)}
+        with torch.no_grad():
+            target = self.teacher(lr)
+        return {"loss": F.mse_loss(output, target)}
 
     @torch.no_grad()
     def update(self) -> None:

@@ -34,6 +34,7 @@ class Recipe:
     feature_weight: float | None = None
     picture_weight: float | None = None
     average: float | None = None
+    target: str | None = None
     warmup: int | None = None
     validate_every: int | None = None
     save_every: int | None = None
@@ -159,14 +160,15 @@ RECIPES = {
     "srpn-mini-scratch-x2": _srpn_mini(("float",), 16),
     **{f"srpn-lite-x{scale}": _srpn_lite(scale) for scale in (2, 3, 4)},
     "sesr-qat": Recipe(
-        "SESR weights (--weights) at 8, 6 and 4 bits, trained on; 5 minutes each on a CPU core",
+        "SESR weights (--weights) at 8, 6 and 4 bits, trained on; 6 minutes each on a CPU core",
         method=("qat",),
         bits=(8, 6, 4),
-        steps=4000,
-        batch=16,
+        steps=6000,
+        batch=4,
         patch=(32,),
         learning_rate=0.1,
         weight_learning_rate=2e-3,
+        target="float",
         warmup=100,
         validate_every=250,
         save_every=250,

@@ -162,6 +162,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     training.add_argument("--average", type=float, default=0.998, metavar="DECAY",
                           help="of the moving average that is kept with --train-weights or --method"
                           " qat; 0: none")  # fmt: skip
+    training.add_argument("--target", choices=("pictures", "float"), default="pictures",
+                          help="what --method qat compares with: the true pictures or those of the"
+                          " float network")  # fmt: skip
     training.add_argument("--warmup", type=int, default=0, metavar="STEPS")
     training.add_argument("--feature-weight", type=float, default=1.0, metavar="W",
                           help="of the feature term of distillation")  # fmt: skip
@@ -414,6 +417,7 @@ def _compress(
         "picture_weight": options.picture_weight,
         "average": options.average,
         "weight_rate": options.weight_learning_rate / options.learning_rate,
+        "target": options.target,
     }
     done = folder / "done.json"
     if options.resume and done.exists() and json.loads(done.read_text())["settings"] == settings:
@@ -435,6 +439,7 @@ def _compress(
         picture_weight=options.picture_weight,
         average=options.average,
         weight_rate=settings["weight_rate"],
+        target=options.target,
         folder=folder,
         settings=settings,
         resume=options.resume,

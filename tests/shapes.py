@@ -51,6 +51,7 @@ without_shrinking = hypothesis.settings(
 # The functions of `reference` that have a kernel.
 REFERENCES = (
     "convolve",
+    "enlarge_by_convolutions",
     "fake_quantize",
     "hadamard_transform",
     "masked_matmul",

@@ -56,6 +56,16 @@ def test_it_trains_on_luma_against_the_true_picture():
     torch.testing.assert_close(training.losses(lr, hr)["loss"], expected)
 
 
+def test_it_follows_the_float_network_where_asked_to():
+    training = objective()
+    teacher = SESR(CONFIG).eval().requires_grad_(False)
+    following = QuantTraining(training.network, teacher, weight_rate=0.05)
+    lr = torch.rand(1, 3, 8, 8)
+    expected = F.mse_loss(following.network(luma(lr)), teacher(luma(lr)))
+    found = following.losses(lr, torch.full((1, 3, 16, 16), torch.nan))["loss"]
+    torch.testing.assert_close(found, expected)
+
+
 def test_pictures_keep_their_range():
     training = objective()
     for seed in range(5):

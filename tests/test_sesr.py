@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import tiny_sesr, tiny_swinir
 
 import compsrt
 from compsrt import metrics, models
@@ -196,7 +197,56 @@ def test_bad_blocks_are_named():
         SESR(TINY).widened(expansion=2)
 
 
+def test_a_file_of_wide_blocks_is_named():
+    wide = SESR(TINY).widened(expansion=8)
+    with pytest.raises(ValueError, match=r"SESR of wide blocks.*collapsed"):
+        models.from_state_dict(wide.state_dict())
+
+
 # --- Quantized -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["prelu", "relu"])
+@pytest.mark.parametrize("scale", [2, 4])
+def test_equalized_channels_compute_the_same_with_one_range(activation, scale):
+    network = tiny_sesr(activation=activation, scale=scale).double()
+    body = network.body
+    factors = torch.tensor([4.0, 2, 1, 1, 0.5, 1, 1, 1], dtype=torch.double)
+    body.blocks[0].weight.mul_(factors[:, None, None, None])
+    body.first.bias[3] = -9  # always negative: its PReLU is a factor
+    pictures = torch.rand(2, 3, 16, 16, dtype=torch.double)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    equal = models.equalized(network, pictures)
+    torch.testing.assert_close(equal(pictures), network(pictures), rtol=0, atol=1e-9)
+    assert all(torch.equal(tensor, before[n]) for n, tensor in network.state_dict().items())
+    if activation == "prelu":
+        assert equal.body.activations[0].weight[3] == 1
+
+    def ranges(network):
+        y = network.body.activations[0](network.body.first(luma(pictures)))
+        return network.body.blocks[0](y).abs().amax((0, 2, 3))
+
+    spread = [float(found.max() / found.min()) for found in map(ranges, (network, equal))]
+    assert spread[1] < spread[0] / 10  # not 1: the least channels keep a part of their distance
+
+
+def test_equalized_channels_round_better():
+    """What it is for: less error at 8 bits where channels differ and some are always negative."""
+    network = tiny_sesr()
+    network.body.first.weight[:4] *= 0.05
+    network.body.first.bias[:4] = torch.tensor([-9.0, -5, 0, 0])
+    network.body.activations[0].weight[:2] = 0.02
+    pictures, spec = torch.rand(2, 3, 24, 24), QuantSpec(bits=8, method="dobi")
+    errors = [
+        float((compsrt.quantize(one, spec, pictures)(pictures) - network(pictures)).square().mean())
+        for one in (network, models.equalized(network, pictures))
+    ]
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_other_networks_stay_as_they_are():
+    network = tiny_swinir()
+    assert models.equalized(network, torch.rand(1, 3, 8, 8)) is network
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

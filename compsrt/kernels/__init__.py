@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attention import quant_window_attention
     from .bounds import search_bounds
+    from .conv_stack import enlarge_by_convolutions
     from .convolution import convolve
     from .fake_quant import fake_quantize
     from .hadamard import hadamard_transform
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .linear import masked_matmul, quant_linear, quant_linears
     from .mlp import quant_mlp
     from .reference import (
+        ConvStack,
         FoldedBlock,
         Grid,
         LayerNormWeights,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from .swin_block import quant_swin_block
 
 __all__ = [
+    "ConvStack",
     "FoldedBlock",
     "Grid",
     "LayerNormWeights",
@@ -43,6 +46,7 @@ __all__ = [
     "QuantWeight",
     "convolve",
     "dequantize",
+    "enlarge_by_convolutions",
     "fake_quantize",
     "fold_block",
     "hadamard_fake_quantize",
@@ -62,6 +66,7 @@ __all__ = [
 
 _FILES = {  # of the ops that have a kernel; all else is in reference/
     "convolve": "convolution",
+    "enlarge_by_convolutions": "conv_stack",
     "fake_quantize": "fake_quant",
     "hadamard_fake_quantize": "hadamard_fake_quant",
     "hadamard_transform": "hadamard",

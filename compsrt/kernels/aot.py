@@ -42,6 +42,7 @@ OPS = (  # files that have examples()
     "attention",
     "convolution",
     "swin_block",
+    "conv_stack",
 )
 COLUMNS = ("registers", "spill", "shared", "tensor", "occupancy", "seconds")
 

@@ -42,6 +42,8 @@ def describe_state_dict(state: Mapping[str, Tensor]) -> str:
         return "EDSR"
     if has("body.0.conv1.weight") and has("conv_after_body"):
         return "EDSR as BasicSR names it"
+    if has("body.first.expand.weight"):
+        return "SESR of wide blocks, whose files hold narrow ones: store network.collapsed()"
     if sesr.recognizes(state):
         return "SESR"
     return (
@@ -144,3 +146,12 @@ def set_arithmetic(model: nn.Module, arithmetic: str) -> None:
     from . import quant_swinir
 
     quant_swinir.set_arithmetic(model, arithmetic)
+
+
+def equalized(network: nn.Module, pictures: Tensor) -> nn.Module:
+    """A float network that computes the same and is easier to quantize; most stay as they are."""
+    if isinstance(network, sesr.SESR):
+        from .quant_sesr import equalized
+
+        return equalized(network, pictures)
+    return network

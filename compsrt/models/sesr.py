@@ -30,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import kernels
+
 ACTIVATIONS = ("prelu", "relu")
 BLOCKS = ("collapsed", "expanded")
 EXPANSION = 256  # channels p inside a block, as in the paper
@@ -213,7 +215,39 @@ class SESRBody(nn.Module):
             *(nn.PixelShuffle(2) for _ in range(config.scale.bit_length() - 1))
         )
 
+    def stack(self) -> kernels.ConvStack | None:
+        """The parameters as one kernel takes them; None for wide blocks and pruned widths."""
+        convolutions: list[Any] = [self.first, *self.blocks, self.last]
+        plain = all(type(convolution) is nn.Conv2d for convolution in convolutions)
+        if not plain or self.config.widths:
+            return None
+        slopes = [
+            activation.weight if isinstance(activation, nn.PReLU) else torch.zeros_like(c.bias)
+            for activation, c in zip(self.activations, convolutions, strict=False)
+        ]
+        return kernels.ConvStack(
+            self.first.weight,
+            torch.stack([convolution.weight for convolution in convolutions[1:-1]]),
+            self.last.weight,
+            torch.stack([convolution.bias for convolution in convolutions[:-1]]),
+            torch.stack(slopes),
+            convolutions[-1].bias,
+        )
+
+    def _in_one_kernel(self, x: Tensor) -> kernels.ConvStack | None:
+        """The stack where nobody trains the layers or looks at what is between them, on a GPU."""
+        if self.training or torch.is_grad_enabled():
+            return None
+        from ..kernels.dispatch import use_triton  # which loads Triton
+
+        if not use_triton(x) or any(module._forward_hooks for module in self.activations):
+            return None
+        return self.stack()
+
     def forward(self, x: Tensor) -> Tensor:
+        stack = self._in_one_kernel(x)
+        if stack is not None:
+            return kernels.enlarge_by_convolutions(x, stack)
         first = self.activations[0](self.first(x))
         y = first
         for convolution, activation in zip(self.blocks, self.activations[1:], strict=True):

@@ -1,6 +1,7 @@
 """Every op in plain PyTorch: the definition of right, and what runs on a CPU."""
 
 from .attention import quant_window_attention
+from .conv_stack import ConvStack, enlarge_by_convolutions
 from .convolution import convolve
 from .linear import (
     LayerNormWeights,
@@ -30,6 +31,7 @@ from .swin_block import FoldedBlock, fold_block, quant_swin_block
 
 __all__ = [
     "CODES",
+    "ConvStack",
     "FoldedBlock",
     "Grid",
     "LayerNormWeights",
@@ -39,6 +41,7 @@ __all__ = [
     "check_quantizer",
     "convolve",
     "dequantize",
+    "enlarge_by_convolutions",
     "fake_quantize",
     "fold_block",
     "hadamard_transform",
