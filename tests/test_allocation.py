@@ -68,7 +68,7 @@ def test_a_model_of_mixed_bits_keeps_its_budget_and_its_file(tmp_path):
     assert dict(found.site_bits) == {n: sites[n].bits for n, _ in found.site_bits}
     assert dataclasses.replace(found, site_bits=()) == spec
     save_packed(model, tmp_path / "mixed.safetensors")
-    loaded = load(tmp_path / "mixed.safetensors")
+    loaded = load(tmp_path / "mixed.safetensors", arithmetic="reference")
     x = torch.rand(1, 3, 9, 13)
     with torch.no_grad():
         assert torch.equal(loaded(x), model(x))

@@ -181,10 +181,10 @@ def test_compact_scales_take_two_numbers_of_the_storage_type(fields, scales, pac
     with torch.no_grad():
         before = model(x)
     save_packed(model, packed)
-    assert_same_output(model, load(packed), x)
+    assert_same_output(model, load(packed, arithmetic="reference"), x)
     compact_scales(model)
     save_packed(model, packed)
-    loaded = load(packed)
+    loaded = load(packed, arithmetic="reference")
     assert loaded.card["format"] == 2
     assert_same_output(model, loaded, x)
     save_packed(loaded, packed.with_name("again"))
@@ -211,7 +211,9 @@ def test_convolutions_of_every_kind_are_quantized_and_never_pruned(tmp_path):
         assert site.bits == 8
         assert site.mask is None
     save_packed(model, tmp_path / "a.safetensors")
-    assert_same_output(model, load(tmp_path / "a.safetensors"), torch.rand(1, 3, 9, 13))
+    assert_same_output(
+        model, load(tmp_path / "a.safetensors", arithmetic="reference"), torch.rand(1, 3, 9, 13)
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
