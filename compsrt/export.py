@@ -14,7 +14,7 @@ from compsrt.files import atomic_write
 if TYPE_CHECKING:
     from compsrt.exporting import ExportedFile
 
-OUTPUT_SIDES = 1080, 1920  # of the enlarged picture, unless --height and --width say otherwise
+INPUT_SIDES = 1080, 1920  # of a TFLite file, unless --height and --width say otherwise
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -62,12 +62,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tflite", type=Path, metavar="FILE", help="the TFLite file to write")
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="the ONNX file to write")
     size = parser.add_argument_group("size of the picture that goes in, in pixels (TFLite)")
-    size.add_argument(
-        "--height", type=int, metavar="N", help="(default: 1080 over the model's scale)"
-    )
-    size.add_argument(
-        "--width", type=int, metavar="N", help="(default: 1920 over the model's scale)"
-    )
+    size.add_argument("--height", type=int, metavar="N", help="(default: 1080)")
+    size.add_argument("--width", type=int, metavar="N", help="(default: 1920)")
     parser.add_argument("--force", action="store_true", help="overwrite files that exist")
     options = parser.parse_args(argv)
     if options.tflite is None and options.onnx is None:
@@ -102,7 +98,7 @@ def _convert(model: Any, kind: str, options: argparse.Namespace) -> ExportedFile
             return _onnx_file(model)
         from compsrt.exporting.tflite import tflite_file
 
-        height, width = (side // model.scale for side in OUTPUT_SIDES)
+        height, width = INPUT_SIDES
         return tflite_file(model, options.height or height, options.width or width)
     except ValueError as error:
         reason = str(error).removeprefix("model: ")

@@ -65,12 +65,12 @@ def test_both_files_and_a_report(folder, extra, capsys):
         {
             "name": "luma",
             "type": "int8",
-            "shape": [1, 540, 960, 1],
+            "shape": [1, 1080, 1920, 1],
             "scale": unit,
             "zero_point": -128,
         }
     ]
-    assert tflite["outputs"][0]["shape"] == [1, 1080, 1920, 1]
+    assert tflite["outputs"][0]["shape"] == [1, 2160, 3840, 1]
     assert onnx["outputs"][0]["shape"] == ["batch", 1, "2*height", "2*width"]
     assert onnx["outputs"][0]["scale"] == unit
 
@@ -85,10 +85,10 @@ def test_both_files_and_a_report(folder, extra, capsys):
     assert before[1] == after[1], "the same model gives the same bytes"
 
 
-def test_x4_becomes_1080p_too(folder, extra, capsys):
+def test_x4_takes_1080p_too(folder, extra, capsys):
     assert exported("x4.safetensors", "--tflite", "a.tflite") == 0
     file = json.loads(capsys.readouterr().out.splitlines()[-1])["files"][0]
-    assert file["inputs"][0]["shape"] == [1, 270, 480, 1]
+    assert file["inputs"][0]["shape"] == [1, 1080, 1920, 1]
     assert file["inputs"][0]["type"] == file["weights"] == "float32"
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import tiny_sesr, tiny_swinir
+from networks import tiny_sesr, tiny_swinir, write_pictures
+from PIL import Image
 
 import compsrt
-from compsrt import metrics, models
+from compsrt import evaluate, metrics, models, upscale
 from compsrt.checkpoint import count_levels, save_float, save_packed, size_report
+from compsrt.cli import run
 from compsrt.data import to_image
 from compsrt.distillation import Distillation
 from compsrt.float_training import start_from
@@ -314,3 +318,21 @@ def test_bounds_can_be_distilled_from_the_float_network():
         distillation.update()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", ["float", "packed"])
+def test_commands_take_its_files_as_they_take_swinirs(kind, tmp_path, capsys):
+    network, pictures = tiny_sesr(), torch.rand(2, 3, 24, 24)
+    path = tmp_path / f"{kind}.safetensors"
+    if kind == "float":
+        save_float(network, path)
+    else:
+        save_packed(compsrt.quantize(network, QuantSpec(bits=8, method="dobi"), pictures), path)
+    photos = write_pictures(tmp_path / "photos", count=1, height=32, width=48)
+    assert run(evaluate.main, [str(path), "--test", str(photos)]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"][-1]
+    assert row["model"] == kind and row["tests"]["photos"]["psnr"] > 10
+    large = tmp_path / "large"
+    assert run(upscale.main, [str(path), str(photos), "--output", str(large)]) == 0
+    with Image.open(next(large.iterdir())) as image:
+        assert image.size == (96, 64)

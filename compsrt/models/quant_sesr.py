@@ -4,7 +4,9 @@ Weights are symmetric, a scale for each output channel. Activations are asymmetr
 levels, a scale for each tensor: the picture, the output of every convolution, of every PReLU and of
 both sums, and the enlarged picture. What enters a convolution has `spec` bits; what does not (the
 sums of products before a PReLU, the last convolution's output, pictures) has 8, or more bits would be
-lost there than any multiplier saves. The two pictures have the fixed range [0, 1].
+lost there than any multiplier saves. The two pictures have the fixed range [0, 1], and the last
+convolution's output has their step, 1/255, from -128 to 127 of it: so its sum with the picture is a
+whole number of steps and is not rounded again.
 
 One scale a tensor serves its widest channel best. So `equalized` first gives the float network, whose
 output stays what it was, channels of one range.
@@ -76,7 +78,7 @@ class QuantSESRBody(nn.Module):
         self.activated = nn.ModuleList(AffineQuantizer(bits, spec) for _ in range(count))
         self.long = AffineQuantizer(bits, spec)
         self.last = QuantConv2d(body.last, spec)
-        self.last_sum = AffineQuantizer(inner, spec)
+        self.last_sum = AffineQuantizer(inner, spec, fixed=(-128 / 255, 127 / 255))
         self.output = AffineQuantizer(inner, spec, fixed=(0.0, 1.0))
         self.shuffle = body.shuffle
 
