@@ -299,7 +299,6 @@ class QuantSwinBlock(nn.Module):
     @torch.no_grad()
     def folded(self, mode: str = "fold", dtype: torch.dtype = torch.float32) -> kernels.FoldedBlock:
         """The block as `kernels.quant_swin_block` runs it at inference; see `kernels.fold_block` for errors."""
-        head, value, token = self._rotations()
         return kernels.fold_block(
             [linear.layer() for linear in (self.q, self.k, self.v)],
             self.proj.layer(),
@@ -313,9 +312,9 @@ class QuantSwinBlock(nn.Module):
             shift=self.shift,
             scale=self.head_dim**-0.5,
             rotation=self.q.rotation,
-            head_rotation=head,
-            value_rotation=value,
-            token_rotation=token,
+            head_rotation=self.rotate_head,
+            value_rotation=self.rotate_value,
+            token_rotation=self.rotate_token,
             mode=mode,
             dtype=dtype,
         )
