@@ -422,7 +422,7 @@ def _compress(
     done = folder / "done.json"
     if options.resume and done.exists() and json.loads(done.read_text())["settings"] == settings:
         return (
-            checkpoint.load(folder / "model.safetensors", ranks.device),
+            checkpoint.load(folder / "model.safetensors", ranks.device, arithmetic="reference"),
             json.loads(done.read_text())["report"],
         )
     if ranks.is_main:
