@@ -115,8 +115,8 @@ class QuantLinear(nn.Module):
 class QuantSwinBlock(nn.Module):
     """A Swin block with its 16 quantizers; tokens (B, H, W, C) in and out, like the float block."""
 
-    rotate_head: Tensor | None
-    rotate_value: Tensor | None
+    start_head: Tensor | None
+    start_value: Tensor | None
     rotate_token: Tensor | None
 
     def __init__(self, block: swinir.SwinBlock, spec: QuantSpec, name: str):
@@ -163,9 +163,9 @@ class QuantSwinBlock(nn.Module):
         self.v = linear(attention.qkv, "qkv", 2)
         turn("query_key", self.head_dim)
         turn("value", self.head_dim)
-        self.query = activation("rotate_head", "query_key", self.head_dim)
-        self.key = activation("rotate_head", "query_key", self.head_dim)
-        self.value = activation("rotate_value", "value", self.head_dim)
+        self.query = activation("start_head", "query_key", self.head_dim)
+        self.key = activation("start_head", "query_key", self.head_dim)
+        self.value = activation("start_value", "value", self.head_dim)
         self.attention = activation("rotate_token", "attention", self.window**2)
         for site in (self.query, self.key, self.value):
             site.products = self.window**2
@@ -207,16 +207,21 @@ class QuantSwinBlock(nn.Module):
         asked = any(p.requires_grad for turn in learned for p in turn.parameters())
         return asked and torch.is_grad_enabled()
 
-    def _rotations(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of head, value and token, as they are now."""
-        rotations = {"query_key": self.rotate_head, "value": self.rotate_value}
-        for group, turn in self.turns.items():
-            if group in rotations:
-                rotations[group] = rotations[group] @ turn()
-        return rotations["query_key"], rotations["value"], self.rotate_token
+    @property
+    def rotate_head(self) -> Tensor | None:
+        """What queries and keys are rotated with, as it is now."""
+        return self._turned(self.start_head, "query_key")
+
+    @property
+    def rotate_value(self) -> Tensor | None:
+        """What values are rotated with, as it is now."""
+        return self._turned(self.start_value, "value")
+
+    def _turned(self, start: Tensor | None, group: str) -> Tensor | None:
+        return start if start is None or group not in self.turns else start @ self.turns[group]()
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        head, value, token = self._rotations()
+        head, value = self.rotate_head, self.rotate_value
         back = None
         if self._learns("query_key"):
             q, k = (_rotate_heads(x, head, self.heads) for x in (q, k))
@@ -236,7 +241,7 @@ class QuantSwinBlock(nn.Module):
             scale=self.head_dim**-0.5,
             head_rotation=head,
             value_rotation=value,
-            token_rotation=token,
+            token_rotation=self.rotate_token,
         )
         return _rotate_heads(y, back, self.heads)
 
@@ -262,7 +267,9 @@ class QuantSwinBlock(nn.Module):
             self.window,
             self.shift,
             self.head_dim**-0.5,
-            *self._rotations(),
+            self.rotate_head,
+            self.rotate_value,
+            self.rotate_token,
             quantize=_observe,
             multiply=_multiply_observed,
         )
