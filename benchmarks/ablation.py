@@ -32,9 +32,10 @@ from compsrt.files import atomic_write, sha256
 PLAIN = "--method dobi"
 ROTATED = "--transform hadamard"
 PER_CHANNEL = "--per-channel"
+ASYMMETRIC = "--calibration dobi-asymmetric"
 OUTPUT = "--rounding output"
 MIXED = "--average-bits {bits}"
-CONVOLUTIONS = "--convolution-bits 8"
+CONVOLUTIONS = "--convolution-bits {}"
 HEADS = "--per-head"
 AUTO = "--transform auto"
 BOUNDS = "--method compsrt --steps {steps}"
@@ -48,9 +49,12 @@ ALONE = {
     "groups": "--weight-groups 20",
     "per-head": HEADS,
     "auto-transform": AUTO,
+    "asymmetric-bounds": ASYMMETRIC,
     "output-rounding": OUTPUT,
     "mixed-bits": MIXED,
-    "convolutions": CONVOLUTIONS,
+    "convolutions-8": CONVOLUTIONS.format(8),
+    "convolutions-6": CONVOLUTIONS.format(6),
+    "convolutions-6-output-rounding": f"{CONVOLUTIONS.format(6)} {OUTPUT}",
     "bounds": f"{BOUNDS} --transform none",
     "bounds-rotation": f"{BOUNDS} {ROTATED}",
     "bounds-learned-transform": f"{BOUNDS} {LEARNED}",
@@ -60,6 +64,7 @@ ALONE = {
 STEPS_OF_SUM = (
     ("rotation", ROTATED),
     ("per-channel", PER_CHANNEL),
+    ("asymmetric-bounds", ASYMMETRIC),
     ("output-rounding", OUTPUT),
     ("bounds", BOUNDS),
     ("weights", f"{WEIGHTS} {NO_AVERAGE}"),
@@ -68,7 +73,7 @@ STEPS_OF_SUM = (
     ("auto-transform", AUTO),
     ("learned-transform", LEARNED),
     ("mixed-bits", MIXED),
-    ("convolutions", CONVOLUTIONS),
+    ("convolutions-6", CONVOLUTIONS.format(6)),
 )
 # Arguments of every run; a later one of the same name wins.
 COMMON = (
@@ -277,6 +282,7 @@ def table(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> Path:
     """Loss against bits per weight: our rows of sums, the plain form, and what was published."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -293,12 +299,10 @@ def draw(result: dict[str, Any], path: Path) -> Path:
             deviation = statistics.stdev(losses) if len(losses) > 1 else 0.0
             bits = statistics.fmean(run["bits_per_weight"] for run in runs)
             curves.setdefault(row, []).append((bits, statistics.fmean(losses), deviation))
-    from matplotlib import colormaps
-
     for number, (row, points) in enumerate(curves.items()):
         x, y, deviation = zip(*sorted(points), strict=True)
         color = colormaps["viridis"](number / max(len(curves), 1))
-        label = row.replace("sum/", "+ ").replace("alone/plain", "plain: DOBI, no rotation")
+        label = row.replace("sum/", "here, + ").replace("alone/plain", "here, DOBI, no rotation")
         axes.errorbar(x, y, yerr=deviation, marker="o", ms=4, capsize=2, color=color, label=label)
     places = [SETS.index(test) for test in tests]
     for (name, values), style in zip(PUBLISHED.items(), (":", "--", "-."), strict=True):
