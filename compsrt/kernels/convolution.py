@@ -184,9 +184,10 @@ def _convolve_kernel(
     if C.shuffle == 1:
         at = ((picture + y) * width + x) * C.out + n
     else:
+        columns = width * C.shuffle
         channel = b * (C.out // AREA) + n // AREA
-        row = (channel * height + y) * C.shuffle + n % AREA // C.shuffle
-        at = (row * width + x) * C.shuffle + n % C.shuffle
+        at = (channel * height * C.shuffle + n % AREA // C.shuffle) * columns + n % C.shuffle
+        at += (y * C.shuffle).to(tl.int64) * columns + x * C.shuffle
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
