@@ -1,6 +1,7 @@
 """Every op in plain PyTorch: the definition of right, and what runs on a CPU."""
 
 from .attention import quant_window_attention
+from .folding import FoldedBlock, fold_block
 from .linear import (
     LayerNormWeights,
     PackedWeight,
@@ -25,7 +26,7 @@ from .quantize import (
     sort_rows,
     step_and_zero,
 )
-from .swin_block import FoldedBlock, fold_block, quant_swin_block
+from .swin_block import quant_swin_block
 
 __all__ = [
     "CODES",
