@@ -57,6 +57,7 @@ REFERENCES = (
     "masked_matmul",
     "quant_linear",
     "quant_mlp",
+    "quant_swin_block",
     "quant_window_attention",
     "search_bounds",
 )

@@ -1,50 +1,276 @@
-"""A folded Swin block against the same block composed of its four ops."""
+"""quant_swin_block: a folded block against the block by its definition, and the kernel against both.
+
+A code that rounds the other way moves a token by far more than the tolerances here: where they
+hold, all codes are those of the definition.
+"""
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from networks import tiny_swinir
+from shapes import DEVICES, UNIT, triton_only
+from swin_blocks import Block, Kind, to
 
 import compsrt
 from compsrt import kernels
+from compsrt.kernels import reference, swin_block
+from compsrt.kernels.reference import FoldedBlock
 from compsrt.quantization import QuantSpec
 
-
-def block_of(spec: QuantSpec, shift: bool, seed: int = 0, **changes):
-    """A calibrated block in float64 whose scalars have left their start."""
-    model = tiny_swinir(seed, **changes)
-    torch.manual_seed(seed)
-    pictures = torch.rand(1, 3, 2 * model.window_size, 3 * model.window_size)
-    block = compsrt.quantize(model, spec, pictures).layers[0].blocks[int(shift)].double()
-    with torch.no_grad():
-        for name, parameter in block.named_parameters():
-            if name.endswith(("alpha", "beta")):
-                parameter.add_(0.01 * torch.randn_like(parameter))
-            elif name.endswith("bias"):
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return block
+on_each_device = pytest.mark.parametrize("device", DEVICES)
 
 
-def assert_same_but_for_ties(found, expected):
-    # A code that rounds the other way at a tie moves its whole window a little.
-    apart = (found - expected).abs() > 1e-9 * expected.abs().max()
-    assert float(apart.double().mean()) < 0.01
+def run(x: torch.Tensor, folded: FoldedBlock, device: str = "cpu") -> torch.Tensor:
+    with triton_only():
+        return kernels.quant_swin_block(x.to(device), to(folded, device)).cpu()
 
 
+def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest error over the root mean square of what is right."""
+    return float((found.double() - exact).abs().max() / exact.square().mean().sqrt())
+
+
+# --- The folded reference ------------------------------------------------------------------------
+
+
+@given(
+    sizes=st.sampled_from([(12, 2, 6, 24), (8, 1, 4, 16), (10, 3, 5, 10), (4, 2, 8, 8)]),
+    window=st.sampled_from([2, 4, 8]),
+    shifted=st.booleans(),
+    transforms=st.sampled_from(["none", "dct", "random", "hadamard"]),
+    head_transform=st.sampled_from(["none", "dct", "random"]),
+    bits=st.sampled_from([1, 2, 4, 8]),
+    weight_bits=st.sampled_from([2, 3, 8]),
+    options=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    picture=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3)),
+    mode=st.sampled_from(["fold", "integer"]),
+    seed=st.integers(0, 99),
+)
+def test_a_folded_block_is_the_block(
+    sizes,
+    window,
+    shifted,
+    transforms,
+    head_transform,
+    bits,
+    weight_bits,
+    options,
+    picture,
+    mode,
+    seed,
+):
+    shift = window // 2 * shifted
+    rest = transforms, head_transform, bits, weight_bits, *options, seed
+    block = Block(Kind(*sizes, window, shift, *rest))
+    batch, down, across = picture
+    x = block.tokens(batch, down * window, across * window, seed=1)
+    found = kernels.quant_swin_block(x, block.folded(mode, torch.double))
+    torch.testing.assert_close(found, block(x), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("shift", [0, 4])
+def test_windows_some_at_a_time(shift, monkeypatch):
+    """Whatever goes through the block at once, and over every border of the picture."""
+    block = Block(Kind(window=8, shift=shift))
+    x = block.tokens(2, 24, 40)
+    folded, expected = block.folded("fold", torch.double), block(x)
+    module = importlib.import_module("compsrt.kernels.reference.swin_block")
+    for scores in (1, 3 * 2 * 64**2, 2**30):
+        monkeypatch.setattr(module, "SCORES_AT_ONCE", scores)
+        found = kernels.quant_swin_block(x, folded)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_half_types_pass_through_float32():
+    block = Block(Kind(bits=8))
+    x = block.tokens(1, 8, 8).bfloat16()
+    found = kernels.quant_swin_block(x, block.folded())
+    assert found.dtype == torch.bfloat16
+    expected = kernels.quant_swin_block(x.float(), block.folded())
+    torch.testing.assert_close(found, expected.bfloat16(), rtol=0, atol=0)
+
+
+def test_the_blocks_of_a_model_fold():
+    model = tiny_swinir(num_heads=(3,))
+    spec = QuantSpec(bits=4, transform="dct", pruning=0.4, per_channel=True)
+    quantized = compsrt.quantize(model, spec, torch.rand(1, 3, 16, 16)).double()
+    x = torch.randn(1, 16, 24, 24, dtype=torch.double)
+    for block in quantized.layers[0].blocks:
+        for mode in ("fold", "integer"):
+            found = kernels.quant_swin_block(x, block.folded(mode, torch.double))
+            torch.testing.assert_close(found, block(x), rtol=0, atol=1e-9)
+
+
+# --- The kernel ----------------------------------------------------------------------------------
+
+KINDS = {
+    "plain": Kind(),
+    "shifted": Kind(shift=2, masked=True, channels=True),
+    "by head": Kind(shift=2, by_head=True, head_transform="dct"),
+    "no transforms": Kind(transform="none", bits=8, weight_bits=8),
+    "SwinIR-light": Kind(60, 6, 10, 120, 8, 4, "hadamard"),
+    "32": Kind(32, 2, 16, 128, 8, bits=2),
+    "36": Kind(36, 4, 9, 72, shift=1, bits=6),
+    "90": Kind(90, 3, 30, 180, weight_bits=8, head_transform="random"),
+    "128": Kind(128, 4, 32, 256, shift=2, bits=8, weight_bits=2),
+    "pruned heads": Kind(40, 2, 8, 50),
+}
+
+
+@on_each_device
 @pytest.mark.parametrize("mode", ["fold", "integer"])
-@pytest.mark.parametrize("shift", [False, True])
-@pytest.mark.parametrize("transform", ["none", "hadamard", "dct", "random"])
-def test_the_folded_block_is_the_block(transform, shift, mode):
-    spec = QuantSpec(bits=4, transform=transform, pruning=0.4 * shift, per_channel=shift)
-    block = block_of(spec, shift, num_heads=(3,))
-    folded = block.folded(mode, torch.float64)
-    for shape in ((2, 8, 8), (1, 16, 24), (1, 24, 8)):
-        x = torch.randn(*shape, 24, dtype=torch.float64)
-        assert_same_but_for_ties(kernels.quant_swin_block(x, folded), block(x))
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+def test_the_kernel_in_float32_is_the_block(device, kind, mode):
+    block = Block(kind)
+    x = block.tokens(1, kind.window, 2 * kind.window, seed=1).float()
+    found = run(x, block.folded(mode), device)
+    assert relative(found, block(x.double())) < 1e-4
+
+
+@on_each_device
+@pytest.mark.parametrize("mode", ["fold", "integer"])
+@pytest.mark.parametrize("shape", [(1, 4, 4), (2, 12, 4), (1, 4, 12), (1, 12, 16)], ids=str)
+def test_every_border_of_a_shifted_picture(device, mode, shape):
+    block = Block(Kind(8, 1, 4, 16, shift=3))
+    x = block.tokens(*shape, seed=1).float()
+    assert relative(run(x, block.folded(mode), device), block(x.double())) < 1e-4
+
+
+@on_each_device
+def test_a_window_of_several_programs(device):
+    block = Block(Kind(12, 1, 12, 24, 16, 8))
+    x = block.tokens(1, 16, 16, seed=1).float()
+    assert relative(run(x, block.folded(), device), block(x.double())) < 1e-4
+
+
+@on_each_device
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_matrices_of_half_types(device, dtype, stored):
+    """Against float64 matrices, as root mean squares, relative to what the block adds to its tokens.
+
+    An operand that is off by one rounding, `unit`, turns every so-manieth code, by a step, which is
+    2^-7 of what 8 bits hold or less: a root mean square of sqrt(unit * step), from ten quantizers.
+    """
+    block = Block(Kind(bits=8, weight_bits=8, shift=2, head_transform="dct"))
+    x = block.tokens(1, 8, 8, seed=1).to(stored)
+    found = run(x, block.folded("fold", dtype), device)
+    assert found.dtype == stored
+    added = block(x.double()) - x.double()
+    error = found.double() - x.double() - added
+    limit = 8 * (UNIT[dtype] * 2.0**-7) ** 0.5 * added.norm()
+    limit += UNIT[stored] * x.double().norm()
+    assert error.norm() < limit
+
+
+@on_each_device
+def test_activations_beyond_half_types(device):
+    """The residual stream may be larger than a float16 can hold."""
+    block = Block(Kind(bits=8))
+    x = 1e6 * block.tokens(1, 4, 4, seed=1).float()
+    found = run(x, block.folded("fold", torch.float16), device)
+    assert torch.isfinite(found).all()
+    assert relative(found, block(x.double())) < 1e-5
+
+
+@on_each_device
+def test_operator(device):
+    block = Block(Kind(8, 1, 4, 8))
+    x = block.tokens(1, 4, 4).float().to(device)
+    for mode in ("fold", "integer"):
+        arguments = swin_block._flatten(to(block.folded(mode), device))
+        torch.library.opcheck(swin_block._quant_swin_block, (x, *arguments))
+
+
+def test_a_block_survives_the_operator():
+    folded = Block(Kind(masked=True)).folded("integer")
+    again = swin_block._unflatten(*swin_block._flatten(folded))
+    for name, part, other in zip(FoldedBlock._fields, folded, again, strict=True):
+        parts = (part, other) if isinstance(part, tuple) else ((part,), (other,))
+        assert all(a is b or a == b for a, b in zip(*parts, strict=True)), name
+
+
+@on_each_device
+def test_no_tokens(device):
+    block = Block(Kind())
+    assert run(torch.empty(0, 8, 8, 12), block.folded(), device).shape == (0, 8, 8, 12)
+
+
+@on_each_device
+@pytest.mark.parametrize("size", [12, 160], ids=["kernel", "reference"])
+def test_which_path_runs(device, size, monkeypatch):
+    """What the kernel does not hold is composed of products; all else it does alone."""
+    block = Block(Kind(size, 2, size // 2, 16))
+    x = block.tokens(1, 4, 4).float().to(device)
+    folded = to(block.folded(), device)
+    ran = []
+    monkeypatch.setenv("COMPSRT_KERNELS", "triton")
+    monkeypatch.setattr(reference, "quant_swin_block", lambda x, folded: ran.append(x))
+    kernels.quant_swin_block(x, folded)
+    assert len(ran) == (size == 160)
+    monkeypatch.setenv("COMPSRT_KERNELS", "reference")
+    kernels.quant_swin_block(x, folded)
+    assert len(ran) == 1 + (size == 160)
+
+
+# --- Errors --------------------------------------------------------------------------------------
+
+BLOCK = Block(Kind())
+SMALLEST = BLOCK.folded()
 
 
 def test_a_padded_transform_cannot_be_folded():
-    block = block_of(QuantSpec(bits=4, transform="hadamard-padded"), False)
+    padded = compsrt.transforms.transform_matrix("hadamard-padded", 12)
     with pytest.raises(ValueError, match="only a transform of exact order can be folded"):
-        block.folded()
+        BLOCK.folded(rotation=padded)
+
+
+def test_unclamped_codes_cannot_be_folded():
+    layer = BLOCK.layer("proj")
+    layer = layer._replace(grid=layer.grid._replace(codes="unclamped"))
+    with pytest.raises(ValueError, match="proj: unclamped codes cannot be folded"):
+        BLOCK.folded(proj=layer)
+
+
+def test_grids_of_groups_are_no_integers():
+    layer = BLOCK.layer("fc1")
+    grid = layer.weight.grid
+    grid = grid._replace(lower=grid.lower.expand(24, 12), upper=grid.upper.expand(24, 12))
+    with pytest.raises(ValueError, match="fc1"):
+        BLOCK.folded("integer", fc1=layer._replace(weight=layer.weight._replace(grid=grid)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "float"}, "mode: 'float' is unknown; one of fold, integer"),
+        ({"mode": "integer", "dtype": torch.half}, "too coarse for codes that are exact"),
+        ({"heads": 5}, "heads: 5 does not fit 12 channels"),
+        ({"qkv": []}, "pass three layers and four grids"),
+        ({"fc2": BLOCK.layer("fc1")}, "rotation of fc2: "),
+    ],
+    ids=["mode", "dtype", "heads", "qkv", "fc2"],
+)
+def test_what_does_not_fold(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        BLOCK.folded(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(1, 8, 8, 10), r"x: \(1, 8, 8, 10\) of torch.float32 is not \(B, H, W, 12\)"),
+        (torch.zeros(1, 8, 6, 12), "not both multiples of the window of 4; pad the picture"),
+        (torch.zeros(1, 8, 8, 12, dtype=torch.int), "in a floating type"),
+        (torch.zeros(1, 8, 8, 12, requires_grad=True), "no gradients; call it under"),
+    ],
+    ids=["width", "picture", "type", "gradient"],
+)
+def test_what_does_not_run(x, message):
+    with pytest.raises(ValueError, match=message):
+        kernels.quant_swin_block(x, SMALLEST)

@@ -30,7 +30,8 @@ from . import reference, swin_block_tiles, tiles
 from .attention import APART, _locate
 from .dispatch import on_device_of, tl, triton, use_triton
 from .reference import FoldedBlock, Grid, LayerNormWeights, QuantLayer, QuantWeight
-from .reference.swin_block import SITES, FoldedLinear, HeadScalars, check_block
+from .reference.folding import SITES, FoldedLinear, HeadScalars
+from .reference.swin_block import check_block
 from .swin_block_tiles import Constants
 
 WINDOWS = (4, 8, 16)
@@ -72,7 +73,9 @@ def _quant_swin_block_fwd_kernel(
     """x, out: (B, H, W, C); enter to fc2: as in FoldedBlock. This program does C.rows tokens of a
     window, whose others it needs for keys and values alone."""
     TYPE: tl.constexpr = enter.weight.dtype.element_ty
-    CODES: tl.constexpr = query.weight.dtype.element_ty
+    # Codes are exact in each of these; int8 and int8 make int32.
+    HEAD_CODES: tl.constexpr = TYPE if TYPE.primitive_bitwidth == 16 else tl.bfloat16
+    CODES: tl.constexpr = tl.int8 if query.weight.dtype.element_ty == tl.int8 else HEAD_CODES
     N: tl.constexpr = C.window * C.window
     ROWS: tl.constexpr = C.rows
     INNER: tl.constexpr = C.width_inner
@@ -93,15 +96,15 @@ def _quant_swin_block_fwd_kernel(
     q_in = swin_block_tiles.input_codes(t, inputs_ptr, limits_ptr, 0, C, CODES)
 
     y = tl.zeros((ROWS, INNER), tl.float32)
-    for head in tl.range(0, C.heads, num_stages=1):
-        q = swin_block_tiles.head_codes(q_in, query, scalars, head, 0, C, CODES)
-        k = swin_block_tiles.head_codes(k_in, key, scalars, head, 1, C, CODES)
+    for head in tl.range(0, C.heads, num_stages=1, disable_licm=C.integer):
+        q = swin_block_tiles.head_codes(q_in, query, scalars, head, 0, C, HEAD_CODES)
+        k = swin_block_tiles.head_codes(k_in, key, scalars, head, 1, C, HEAD_CODES)
         p = swin_block_tiles.scores(q, k, scalars, 0 if C.shared else head)
         p += swin_block_tiles.load_bias(table_ptr, row, token, head, C.window)
         if C.shift > 0:
             p += tl.where(rows.region[:, None] == tokens.region[None, :], 0.0, APART)
         p = tiles.softmax(p)
-        v = swin_block_tiles.head_codes(v_in, value, scalars, head, 2, C, CODES)
+        v = swin_block_tiles.head_codes(v_in, value, scalars, head, 2, C, HEAD_CODES)
         o = swin_block_tiles.attend(p, v, token_ptr, scalars, head, C, TYPE).to(TYPE)
         first = head * C.d
         n = tl.arange(0, INNER)[:, None]
@@ -153,11 +156,12 @@ def _constants(folded: FoldedBlock) -> Constants:
         # A product of int8 has 32 terms at least.
         width=max(32, next_power_of_two(size)),
         width_inner=max(32, next_power_of_two(inner)),
-        width_head=max(32 if integer else 16, next_power_of_two(d)),
+        width_head=max(16, next_power_of_two(d)),
         width_hidden=min(max(32, width_hidden), 128),
         rows=min(ROWS, folded.window**2),
         slice=min(16 if integer else 64, folded.window**2),
-        chunk=32,
+        chunk=16 if integer else 32,
+        integer=integer,
         shared=len(folded.scalars.scores) == 1,
         eps1=folded.eps[0],
         eps2=folded.eps[1],

@@ -30,6 +30,7 @@ class Constants(NamedTuple):
     rows: int  # tokens of a program
     slice: int  # coefficients of the rotated probabilities at a time
     chunk: int  # of hidden channels at a time
+    integer: bool
     shared: bool  # all heads have the grids of the first
     eps1: float
     eps2: float
@@ -62,6 +63,33 @@ def times(a, b):
 
 
 @triton.jit
+def split(x):
+    """A float32 tile as the sum of three of bf16."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def add_product(a, b, total):
+    """total + a b in float32. One of them may hold codes in bf16 where the other is float32.
+
+    Codes are exact in bf16, so that three products are as exact as float32, where `tiles.dot` takes
+    six.
+    """
+    if a.dtype == b.dtype:
+        total = tiles.dot(a, b, total)
+    elif a.dtype == tl.float32:
+        high, middle, low = split(a)
+        total = tiles.dot(high, b, tiles.dot(middle, b, tiles.dot(low, b, total)))
+    else:
+        high, middle, low = split(b)
+        total = tiles.dot(a, high, tiles.dot(a, middle, tiles.dot(a, low, total)))
+    return total
+
+
+@triton.jit
 def count(a, b):
     """a b of int8 tiles, exact, in float32."""
     zeros = tl.zeros((a.shape[0], b.shape[1]), tl.int32)
@@ -78,8 +106,9 @@ def multiply(x, layer, first, COUNT: tl.constexpr, end, first_in, IN: tl.constex
     n = first + tl.arange(0, COUNT)[:, None]
     k = first_in + tl.arange(0, x.shape[1])[None, :]
     weight = tl.trans(load_matrix(layer.weight, n, k, IN, end, IN))
+    M: tl.constexpr = x.shape[0]
     if layer.scale is None:
-        return times(x.to(weight.dtype), weight)
+        return add_product(x, weight, tl.zeros((M, COUNT), tl.float32))
     else:
         if layer.mask is None:
             kept = tl.sum(x.to(tl.int32), 1)[:, None].to(tl.float32)
@@ -152,12 +181,9 @@ def load_bias(table_ptr, row, column, head, WINDOW: tl.constexpr):
 @triton.jit
 def scores(q, k, scalars, at):
     """s_qk (q + z_q) k^T of codes q (M, WIDTH_HEAD) and k (N, WIDTH_HEAD), whose product is exact."""
-    if q.dtype == tl.int8:
-        s = count(q, tl.trans(k))
-    else:
-        s = times(q, tl.trans(k))
     sums = tl.sum(k.to(tl.float32), 1)[None, :]
-    return (s + tl.load(scalars.query_zero + at) * sums) * tl.load(scalars.scores + at)
+    s = times(q, tl.trans(k)) + tl.load(scalars.query_zero + at) * sums
+    return s * tl.load(scalars.scores + at)
 
 
 @triton.jit
@@ -168,27 +194,33 @@ def attend(p, v, token_ptr, scalars, head, C: tl.constexpr, TYPE):
     through both products before the next are made.
     """
     N: tl.constexpr = C.window * C.window
+    M: tl.constexpr = C.rows
     WIDTH_HEAD: tl.constexpr = C.width_head
     at = 0 if C.shared else head
     inverse = tl.load(scalars.attention_inverse + at)
     zero = tl.load(scalars.attention_zero + at)
     low, high = head_range(scalars, head, 3, C)
+    # The zero point of v, where it has lanes.
     inside = tl.arange(0, C.width_head)[None, :] < C.d
-    v = tl.where(inside, v.to(tl.float32) + tl.load(scalars.value_zero + at), 0.0).to(TYPE)
+    value_zero = tl.where(inside, tl.load(scalars.value_zero + at), 0.0)
+    y = tl.zeros((M, WIDTH_HEAD), tl.float32)
     if token_ptr is None:
-        y = times(to_codes(p * inverse - zero, low, high, True, TYPE), v)
-        rest = tl.sum(v.to(tl.float32), 0)[None, :]
+        turned = (v.to(tl.float32) + value_zero).to(TYPE)
+        y = add_product(to_codes(p * inverse - zero, low, high, True, v.dtype), turned, y)
+        rest = tl.sum(turned.to(tl.float32), 0)[None, :]
     else:
+        SLICE: tl.constexpr = C.slice
         p = p.to(TYPE)
-        y = tl.zeros((p.shape[0], WIDTH_HEAD), tl.float32)
         rest = tl.zeros((1, WIDTH_HEAD), tl.float32)
-        for first in tl.range(0, N, C.slice, num_stages=1):
+        for first in tl.range(0, N, C.slice, num_stages=1, disable_licm=C.integer):
             row = first + tl.arange(0, C.slice)[:, None]
             token = tl.load(token_ptr + row * N + tl.arange(0, N)[None, :])
-            codes = to_codes(times(p, tl.trans(token)) * inverse - zero, low, high, True, TYPE)
-            turned = times(token, v).to(TYPE)
-            y = tiles.dot(codes, turned, y)
-            rest += tl.sum(turned.to(tl.float32), 0)[None, :]
+            t = times(p, tl.trans(token)) * inverse - zero
+            codes = to_codes(t, low, high, True, v.dtype)
+            turned = add_product(token, v, tl.zeros((SLICE, WIDTH_HEAD), tl.float32))
+            turned += tl.sum(token.to(tl.float32), 1)[:, None] * value_zero
+            rest += tl.sum(turned, 0)[None, :]
+            y = add_product(codes, turned.to(TYPE), y)
     return (y + rest * zero) * tl.load(scalars.attention + at)
 
 
@@ -202,9 +234,9 @@ def mlp(x, middle, fc1, hidden, fc2, limits_ptr, C: tl.constexpr, TYPE, CODES):
     WIDTH_HIDDEN: tl.constexpr = C.width_hidden
     t = linear(normalize(x, C.size, C.eps2).to(TYPE), middle, C.size, C.width, C.size)
     codes = to_codes_of(t, limits_ptr, 4, C.size, CODES)
-    for first in tl.range(0, C.hidden, C.width_hidden, num_stages=1):
+    for first in tl.range(0, C.hidden, C.width_hidden, num_stages=1, disable_licm=C.integer):
         turned = tl.zeros((ROWS, WIDTH_HIDDEN), tl.float32)
-        for start in tl.range(0, C.hidden, C.chunk, num_stages=1):
+        for start in tl.range(0, C.hidden, C.chunk, num_stages=1, disable_licm=C.integer):
             h = multiply(codes, fc1, start, C.chunk, C.hidden, 0, C.size, 0, 0)
             h = tiles.gelu(h + load_vector(fc1.bias, start, C.chunk, C.hidden)).to(TYPE)
             turned += multiply(h, hidden, first, C.width_hidden, C.hidden, start, C.hidden, 0, 0)

@@ -3,6 +3,7 @@
 from .attention import quant_window_attention
 from .conv_stack import ConvStack, enlarge_by_convolutions
 from .convolution import convolve
+from .folding import FoldedBlock, fold_block
 from .linear import (
     LayerNormWeights,
     PackedWeight,
@@ -27,7 +28,7 @@ from .quantize import (
     sort_rows,
     step_and_zero,
 )
-from .swin_block import FoldedBlock, fold_block, quant_swin_block
+from .swin_block import quant_swin_block
 
 __all__ = [
     "CODES",

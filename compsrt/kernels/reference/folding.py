@@ -1,0 +1,345 @@
+"""What `quant_swin_block` needs of a quantized Swin block, all transforms folded into matrices, once.
+
+The mathematics is in `swin_block.py` beside this file. Everything is derived from quantized weights,
+grids and orthonormal matrices, whatever these matrices are, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .linear import LayerNormWeights, QuantLayer, QuantWeight, check_weight, shape_of
+from .quantize import Grid, _sides, check_quantizer, quantize_codes, step_and_zero
+
+MODES = ("fold", "integer")
+HEAD_SITES = ("query", "key", "value", "attention")
+SITES = ("q", "k", "v", "query", "key", "value", "attention", "proj", "fc1", "fc2")
+
+
+class FoldedLinear(NamedTuple):
+    """x -> x weight^T + bias, or, with a weight of codes, what the module says of "integer".
+
+    weight: (N, K), floating or int8; bias: (N,). Of codes alone: scale, zero: (N,); mask: (N, K)
+    int8, None where nothing is pruned; rotation: (heads, d, d), what each head is multiplied by
+    before the bias is added, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    mask: Tensor | None = None
+    rotation: Tensor | None = None
+
+    def floating(self, dtype: torch.dtype) -> FoldedLinear:
+        """The same with a floating weight and no more than that and a bias."""
+        weight = self.weight.to(dtype)
+        if self.scale is not None:
+            assert self.zero is not None
+            mask = 1 if self.mask is None else self.mask.to(dtype)
+            weight = weight * self.scale.to(dtype)[:, None] + mask * self.zero.to(dtype)[:, None]
+            if self.rotation is not None:
+                by_head = weight.unflatten(0, self.rotation.shape[:2])
+                weight = (self.rotation.to(dtype).mT @ by_head).flatten(0, 1)
+        return FoldedLinear(weight, self.bias.to(dtype))
+
+
+class HeadScalars(NamedTuple):
+    """One value a head, each (heads,), or (1,) where all heads share them."""
+
+    query_zero: Tensor  # z_q
+    scores: Tensor  # s_qk
+    value_zero: Tensor  # z_v
+    attention: Tensor  # s_A
+    attention_inverse: Tensor
+    attention_zero: Tensor  # z_A
+    low: Tensor  # (4, heads): of query, key, value, attention
+    high: Tensor
+
+
+class FoldedBlock(NamedTuple):
+    """All that `quant_swin_block` needs beside its tokens; `fold_block` makes it."""
+
+    enter: FoldedLinear  # (C, C), of normalized tokens
+    inputs: Tensor  # (3, 2): 1/s and z of the inputs of q, k and v
+    limits: Tensor  # (6, 2): lowest and highest code of the inputs of q, k, v, proj, fc1 and fc2
+    query: FoldedLinear  # (heads * d, C)
+    key: FoldedLinear
+    value: FoldedLinear
+    table: Tensor  # (heads, (2 window - 1)^2), the relative-position bias
+    token: Tensor | None  # (N, N): T^T
+    scalars: HeadScalars
+    merge: FoldedLinear  # (C', heads * d), to the codes of proj's input
+    proj: FoldedLinear  # (C, C')
+    middle: FoldedLinear  # (C, C), of normalized tokens, to the codes of fc1's input
+    fc1: FoldedLinear  # (hidden, C)
+    hidden: FoldedLinear  # (hidden, hidden), to the codes of fc2's input
+    fc2: FoldedLinear  # (C, hidden)
+    mode: str
+    heads: int
+    window: int
+    shift: int
+    eps: tuple[float, float]  # of the two layer norms
+    bits: tuple[int, ...]  # of SITES
+    ranges: tuple[tuple[int, int], ...]  # lowest and highest code of SITES, of any head
+
+
+# --- Folding -------------------------------------------------------------------------------------
+
+
+class _Site(NamedTuple):
+    """A quantizer in float64: v is about scale * (code + zero), codes low to high."""
+
+    scale: Tensor
+    zero: Tensor
+    low: Tensor
+    high: Tensor
+    bits: int
+
+
+def _site(grid: Grid, name: str, shape: Sequence[int] = ()) -> _Site:
+    check_quantizer(grid.bits, grid.codes)
+    if grid.codes != "clamped":
+        raise ValueError(f"{name}: unclamped codes cannot be folded; use clamped ones")
+    for field, scalar in zip(Grid._fields, grid[:4], strict=False):
+        if scalar is not None and scalar.numel() not in (1, math.prod(shape)):
+            raise ValueError(
+                f"{name}: {field} has shape {tuple(scalar.shape)}; use ()"
+                + (f" or {tuple(shape)}" if shape else "")
+            )
+    lower, upper, alpha, beta = (_flat(s) for s in grid[:4])
+    assert lower is not None and upper is not None
+    scale, zero = step_and_zero(lower, upper, alpha, beta, grid.bits)
+    low, high, _, _ = _sides(lower, upper, scale, zero, grid.bits, grid.codes)
+    middle = 2 ** (grid.bits - 1)
+    parts = scale, zero / scale + middle, low.round() - middle, high.round() - middle
+    scale, zero, low, high = torch.broadcast_tensors(*parts)
+    return _Site(scale, zero, low, high, grid.bits)
+
+
+def _flat(scalar: Tensor | None) -> Tensor | None:
+    return None if scalar is None else scalar.detach().double().flatten()
+
+
+def _square(rotation: Tensor | None, size: int, name: str, like: Tensor) -> Tensor:
+    """A rotation in float64; the identity for None."""
+    if rotation is None:
+        return torch.eye(size, dtype=torch.float64, device=like.device)
+    if tuple(rotation.shape) != (size, size):
+        raise ValueError(
+            f"{name}: {tuple(rotation.shape)} is not ({size}, {size}); only a transform of exact"
+            " order can be folded, a padded one runs as the ops of a block"
+        )
+    return rotation.detach().double()
+
+
+def _weight(weight: QuantWeight, name: str, shape: tuple[int, int]) -> Tensor:
+    """W^ in float64."""
+    check_weight(weight, name)
+    if shape_of(weight) != shape:
+        raise ValueError(f"{name}: its weight is {shape_of(weight)}; it needs {shape}")
+    return weight.quantized().detach().double()
+
+
+def _linear(
+    layer: QuantLayer,
+    site: _Site,
+    name: str,
+    shape: tuple[int, int],
+    mode: str,
+    *,
+    rotation: Tensor | None = None,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+) -> FoldedLinear:
+    """A layer of the codes of `site`, in float64: y = (W^ x + bias) by head times rotation, over
+    scale, less zero. rotation: (heads, d, d); scale, zero: (N,)."""
+    weight = _weight(layer.weight, name, shape)
+    bias = weight.sum(1) * (site.scale * site.zero)
+    if layer.bias is not None:
+        bias = bias + layer.bias.detach().double()
+    weight = weight * site.scale
+    if rotation is not None:
+        bias = (bias.unflatten(0, rotation.shape[:2])[:, None] @ rotation).flatten()
+    scale = torch.ones_like(bias) if scale is None else scale
+    bias = bias / scale - (0 if zero is None else zero)
+    if mode == "fold":
+        if rotation is not None:
+            by_head = weight.unflatten(0, rotation.shape[:2])
+            weight = (rotation.mT @ by_head).flatten(0, 1)
+        return FoldedLinear(weight / scale[:, None], bias)
+    codes, of_weight, mask = _codes_of(layer.weight, name)
+    step = (of_weight.scale * site.scale).expand(len(codes))
+    start = step * of_weight.zero
+    if rotation is None:
+        step, start = step / scale, start / scale
+    else:
+        rotation = rotation / scale.unflatten(0, rotation.shape[:2])[:, None]
+    return FoldedLinear(codes, bias, step, start, mask, rotation)
+
+
+def _codes_of(weight: QuantWeight, name: str) -> tuple[Tensor, _Site, Tensor | None]:
+    """A weight's signed codes (int8), 0 where it is pruned; its grid; its mask (int8)."""
+    values, grid, mask = weight
+    if grid is None:
+        raise ValueError(f"{name}: integers need a scale for a tensor or a channel; use fold")
+    site = _site(grid, name, (len(values), 1))
+    if values.is_floating_point():
+        values = quantize_codes(values, *grid[:4], bits=grid.bits)
+    codes = (values.to(torch.int16) - 2 ** (grid.bits - 1)).to(torch.int8)
+    if mask is None or bool(mask.all()):
+        return codes, site, None
+    return codes * mask, site, mask.to(torch.int8)
+
+
+@torch.no_grad()
+def fold_block(
+    qkv: Sequence[QuantLayer],
+    proj: QuantLayer,
+    fc1: QuantLayer,
+    fc2: QuantLayer,
+    table: Tensor,
+    grids: Sequence[Grid],
+    *,
+    norms: tuple[LayerNormWeights, LayerNormWeights],
+    heads: int,
+    window: int,
+    shift: int,
+    scale: float,
+    rotation: Tensor | None = None,
+    head_rotation: Tensor | None = None,
+    value_rotation: Tensor | None = None,
+    token_rotation: Tensor | None = None,
+    mode: str = "fold",
+    dtype: torch.dtype = torch.float32,
+) -> FoldedBlock:
+    """Everything of a quantized Swin block that does not depend on its tokens.
+
+    qkv: the layers of queries, keys and values, whose inputs share `rotation`; proj, fc1, fc2: with
+    their own. table, grids, heads, window, shift, scale and the other rotations: as in
+    `quant_window_attention`, but a grid may have a value for each head too. norms: the two layer
+    norms. mode: "fold" or "integer"; dtype: of the matrices that stay floating.
+
+    Computed in float64. Raises ValueError for what a folded block cannot be: padded transforms
+    (more columns than rows), unclamped codes, and, as integers, weights with a scale for less than
+    an output channel.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode: {mode!r} is unknown; one of {', '.join(MODES)}")
+    if mode == "integer" and dtype.itemsize < 4:
+        raise ValueError(f"dtype: {dtype} is too coarse for codes that are exact; use float32")
+    if len(qkv) != 3 or len(grids) != 4:
+        raise ValueError("qkv, grids: pass three layers and four grids")
+    size, tokens = len(norms[0].weight), window * window
+    inner, hidden = shape_of(qkv[0].weight)[0], shape_of(fc1.weight)[0]
+    if inner % heads or table.shape != ((2 * window - 1) ** 2, heads):
+        raise ValueError(
+            f"heads: {heads} does not fit {inner} channels and a table {tuple(table.shape)}"
+        )
+    d = inner // heads
+    enter = _square(rotation, size, "rotation", table)
+    head = _square(head_rotation, d, "head_rotation", table)
+    of_value = _square(value_rotation, d, "value_rotation", table)
+    token = _square(token_rotation, tokens, "token_rotation", table)
+    before_proj = _square(proj.rotation, inner, "rotation of proj", table)
+    before_fc1 = _square(fc1.rotation, size, "rotation of fc1", table)
+    before_fc2 = _square(fc2.rotation, hidden, "rotation of fc2", table)
+
+    inputs = [_site(layer.grid, name) for layer, name in zip(qkv, SITES, strict=False)]
+    sites = [_site(grid, name, (heads,)) for grid, name in zip(grids, SITES[3:7], strict=True)]
+    query, key, value, attention = sites
+    last = [_site(layer.grid, f) for layer, f in zip((proj, fc1, fc2), SITES[7:], strict=True)]
+
+    def by_channel(of_heads: Tensor) -> Tensor:
+        return of_heads.expand(heads).repeat_interleave(d)
+
+    layers = []
+    for i, (turn, turned) in enumerate(
+        ((head, head_rotation), (head, head_rotation), (of_value, value_rotation))
+    ):
+        layers.append(
+            _linear(
+                qkv[i],
+                inputs[i],
+                SITES[i],
+                (inner, size),
+                mode,
+                rotation=None if turned is None else turn.expand(heads, d, d),
+                scale=by_channel(sites[i].scale) / (scale if i == 0 else 1.0),
+                zero=by_channel(sites[i].zero),
+            )
+        )
+    scalars = HeadScalars(
+        query.zero,
+        query.scale * key.scale,
+        value.zero,
+        attention.scale,
+        1 / attention.scale,
+        attention.zero,
+        torch.stack(torch.broadcast_tensors(*(s.low for s in sites))),
+        torch.stack(torch.broadcast_tensors(*(s.high for s in sites))),
+    )
+    count = 1 if all(len(s.scale) == 1 for s in sites) else heads
+    scalars = HeadScalars._make(t.expand(*t.shape[:-1], count) for t in scalars)
+    merge = (of_value.mT @ before_proj.unflatten(0, (heads, d))).flatten(0, 1)
+    merge = by_channel(value.scale)[:, None] * merge
+
+    def to_codes(matrix: Tensor, bias: Tensor | float, site: _Site) -> FoldedLinear:
+        bias = torch.as_tensor(bias, device=table.device) / site.scale - site.zero
+        return FoldedLinear((matrix / site.scale).mT, bias.expand(matrix.shape[1]))
+
+    gammas = [norm.weight.detach().double() for norm in norms]
+    betas = [norm.bias.detach().double() for norm in norms]
+    block = FoldedBlock(
+        enter=FoldedLinear((gammas[0][:, None] * enter).mT, betas[0] @ enter),
+        inputs=torch.stack([torch.cat([1 / s.scale, s.zero]) for s in inputs]),
+        limits=torch.stack([torch.cat([s.low, s.high]) for s in (*inputs, *last)]),
+        query=layers[0],
+        key=layers[1],
+        value=layers[2],
+        table=table.detach().mT,
+        token=None if token_rotation is None else token.mT,
+        scalars=scalars,
+        merge=to_codes(merge, 0.0, last[0]),
+        proj=_linear(proj, last[0], "proj", (size, inner), mode),
+        middle=to_codes(gammas[1][:, None] * before_fc1, betas[1] @ before_fc1, last[1]),
+        fc1=_linear(fc1, last[1], "fc1", (hidden, size), mode),
+        hidden=to_codes(before_fc2, 0.0, last[2]),
+        fc2=_linear(fc2, last[2], "fc2", (size, hidden), mode),
+        mode=mode,
+        heads=heads,
+        window=window,
+        shift=shift,
+        eps=(norms[0].eps, norms[1].eps),
+        bits=tuple(s.bits for s in (*inputs, *sites, *last)),
+        ranges=tuple((int(s.low.min()), int(s.high.max())) for s in (*inputs, *sites, *last)),
+    )
+    return _stored(block, dtype)
+
+
+def _stored(block: FoldedBlock, dtype: torch.dtype) -> FoldedBlock:
+    """Matrices in dtype, vectors in float32 at least, codes as they are."""
+    wide = torch.float32 if dtype.itemsize < 4 else dtype
+
+    def linear(part: FoldedLinear) -> FoldedLinear:
+        weight = part.weight.to(dtype if part.weight.is_floating_point() else torch.int8)
+        vectors = (part.bias, part.scale, part.zero, part.rotation)
+        vectors = [t if t is None else t.to(wide).contiguous() for t in vectors]
+        bias, scale, zero, rotation = vectors
+        assert bias is not None
+        return FoldedLinear(weight.contiguous(), bias, scale, zero, part.mask, rotation)
+
+    linears = {k: linear(v) for k, v in block._asdict().items() if isinstance(v, FoldedLinear)}
+    return block._replace(
+        **linears,
+        inputs=block.inputs.to(wide),
+        limits=block.limits.to(wide),
+        table=block.table.to(wide).contiguous(),
+        token=None if block.token is None else block.token.to(dtype).contiguous(),
+        scalars=HeadScalars._make(t.to(wide).contiguous() for t in block.scalars),
+    )
