@@ -10,18 +10,17 @@ Layer by layer the features go to memory and back M + 1 times; for a picture of 
 in half precision that is 66 MB a time. Here a program takes a tile of ROWS x (WIDTH - 2 (M + 2)) pixels
 and computes all that the tile depends on: y0 with M + 2 rows more on each side, and every next layer
 with one row less (halo recomputation), always over the full WIDTH, whose outer columns are wrong by
-then and are not used. So programs need nothing of each other. Tiles are in no one's registers:
-Triton cannot shift a register tensor, so a program keeps its features in a scratch of its own in
-global memory, (3, rows, WIDTH, F): y0, and two that take turns. A barrier of the program separates
-layers. There is one program for each processor, which goes on from tile to tile with the same
-scratch; all of them together are some 37 MB for F = 16 in half precision on 132 processors, so that
-reads and writes stay in the second-level cache. Chunks of PIXELS / WIDTH rows of a tile are a product
-for each of the 9 or 25 taps, (PIXELS, F) by (F, F), read shifted from the scratch. The halo costs
-1.6 times the multiply-adds for M = 5.
+then and are not used. So programs need nothing of each other. Triton cannot shift a tile that is in
+registers, so a program keeps its features in a scratch of its own in global memory, (3, rows, WIDTH,
+F): y0, and two that take turns. A barrier of the program separates layers. There are PROGRAMS programs
+for each processor, which go on from tile to tile with the same scratch; all of them together hold 49 MB
+for M5 on 132 processors, about the second-level cache. Some rows of a tile are a product for each of
+the 9 or 25 taps, (PIXELS, F) by (F, F), read shifted from the scratch. For M5 the halo costs 1.9 times
+the multiply-adds. A launch a layer, the other way that compiles, moves 0.9 GB for that picture.
 
-Inference only: no gradient. The other way that compiles, a launch a layer, moves 0.9 GB for that
-picture through memory. On AMD the kernel compiles but is not used: the barrier that Triton 3.7 makes
-there waits for shared memory alone, not for what went to global memory.
+Inference in half precision only; all else is composed of PyTorch's convolutions. So is everything on
+AMD, where the kernel compiles, but the barrier that Triton 3.7 makes waits for shared memory alone and
+not for what went to global memory. In float32 the products of three bf16 pieces spill registers.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -35,10 +34,12 @@ from .dispatch import on_device_of, processors, tl, triton, use_triton
 from .reference import ConvStack
 from .reference.conv_stack import check_stack
 
-ROWS = 32  # of a tile
-PIXELS = 256  # that a product has
+# Rows of a tile, pixels of a product, programs of a processor. Compiled without spills; their speed is
+# not measured yet. Products of 256 pixels end in a trap on sm_100.
+ROWS, PIXELS, PROGRAMS = 16, 128, 2
 LARGEST_HALO = 32  # of columns on each side: half of the largest WIDTH is left
 LARGEST_FEATURES = 64
+HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 # --- Kernel --------------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ def _enlarge(x: Tensor, stack: ConvStack) -> Tensor:
     halo, channels = blocks + 2, max(16, triton.next_power_of_2(features))
     wide = 64 if halo <= 16 else 128
     count = pictures * triton.cdiv(height, ROWS) * triton.cdiv(width, wide - 2 * halo)
-    programs = min(processors(x.device), count)
+    programs = min(PROGRAMS * processors(x.device), count)
     scratch = x.new_empty((programs, 3, ROWS + 2 * halo, wide, channels))
     with on_device_of(x):
         _conv_stack_kernel[(programs,)](
@@ -238,7 +239,7 @@ def _enlarge(x: Tensor, stack: ConvStack) -> Tensor:
             ROWS=ROWS,
             WIDTH=wide,
             PIXELS=PIXELS,
-            num_warps=8,
+            num_warps=PIXELS // 32,
         )
     return out
 
@@ -257,21 +258,23 @@ def _(x, stack):
     return x.new_empty((x.shape[0], 1, x.shape[2] * scale, x.shape[3] * scale))
 
 
-def _wants_gradients(x: Tensor, stack: ConvStack) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *stack))
+def _fits(x: Tensor, stack: ConvStack) -> bool:
+    """Whether the kernel is for this."""
+    blocks, features = stack.blocks.shape[:2]
+    small = features <= LARGEST_FEATURES and blocks + 2 <= LARGEST_HALO
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *stack))
+    return small and not wanted and x.dtype in HALF_TYPES and not torch.version.hip
 
 
 def enlarge_by_convolutions(x: Tensor, stack: ConvStack) -> Tensor:
     """A picture of one channel enlarged by a stack of convolutions.
 
-    x: (B, 1, H, W), float32, float16 or bfloat16 (float64 by the reference), the stack's tensors of the
-    same type. Returns (B, 1, S H, S W). The kernel keeps features in x's type, sums in float32. What
-    wants gradients, has more than 64 features or more than 30 blocks, or runs on AMD is composed of
-    PyTorch's convolutions. Raises ValueError for shapes that do not fit.
+    x: (B, 1, H, W), any type, the stack's tensors of the same one. Returns (B, 1, S H, S W). The kernel
+    is for float16 and bfloat16, keeps features in x's type and sums in float32. What is of another type,
+    wants gradients, has more than 64 features or 30 blocks, or runs on AMD is composed of PyTorch's
+    convolutions. Raises ValueError for shapes that do not fit.
     """
-    blocks, features = stack.blocks.shape[:2]
-    fits = features <= LARGEST_FEATURES and blocks + 2 <= LARGEST_HALO and not torch.version.hip
-    if not fits or _wants_gradients(x, stack) or not use_triton(x):
+    if not _fits(x, stack) or not use_triton(x):
         return reference.enlarge_by_convolutions(x, stack)
     check_stack(x, stack)
     return _conv_stack(x, list(stack))
@@ -279,16 +282,14 @@ def enlarge_by_convolutions(x: Tensor, stack: ConvStack) -> Tensor:
 
 def examples():
     """Calls that `aot.py` compiles the kernel of: SESR-M5 and XL x2 on 1920 x 1080."""
-    half, single = torch.float16, torch.float32
-    for dtype, blocks, features in ((half, 5, 16), (single, 5, 16), (half, 11, 32)):
+    for blocks, features in ((5, 16), (11, 32)):
         stack = ConvStack(
-            torch.empty(features, 1, 5, 5, dtype=dtype),
-            torch.empty(blocks, features, features, 3, 3, dtype=dtype),
-            torch.empty(4, features, 5, 5, dtype=dtype),
-            torch.empty(blocks + 1, features, dtype=dtype),
-            torch.empty(blocks + 1, features, dtype=dtype),
-            torch.empty(4, dtype=dtype),
+            torch.empty(features, 1, 5, 5, dtype=torch.float16),
+            torch.empty(blocks, features, features, 3, 3, dtype=torch.float16),
+            torch.empty(4, features, 5, 5, dtype=torch.float16),
+            torch.empty(blocks + 1, features, dtype=torch.float16),
+            torch.empty(blocks + 1, features, dtype=torch.float16),
+            torch.empty(4, dtype=torch.float16),
         )
-        x = torch.empty(1, 1, 1080, 1920, dtype=dtype)
-        label = f"{str(dtype).removeprefix('torch.')} {blocks} of {features}"
-        yield label, lambda x=x, stack=stack: _enlarge(x, stack)
+        x = torch.empty(1, 1, 1080, 1920, dtype=torch.float16)
+        yield f"float16 {blocks} of {features}", lambda x=x, stack=stack: _enlarge(x, stack)

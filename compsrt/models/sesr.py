@@ -235,8 +235,12 @@ class SESRBody(nn.Module):
         )
 
     def _in_one_kernel(self, x: Tensor) -> kernels.ConvStack | None:
-        """The stack where nobody trains the layers or looks at what is between them, on a GPU."""
-        if self.training or torch.is_grad_enabled():
+        """The stack where nobody trains the layers or looks at what is between them, on a GPU.
+
+        In half precision, which is what the kernel is for; the features of a SESR stay below 10.
+        """
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        if self.training or torch.is_grad_enabled() or not half:
             return None
         from ..kernels.dispatch import use_triton  # which loads Triton
 
