@@ -177,7 +177,9 @@ def test_the_true_picture_is_a_term_where_asked_for():
     torch.testing.assert_close(terms["loss"], total)
 
 
-@pytest.mark.parametrize("fields", [{"pruning": 0.5}, {"pruning": 0.5, "pruning_pattern": "2:4"}])
+@pytest.mark.parametrize(
+    "fields", [{"pruning": 0.5, "per_head": True}, {"pruning": 0.5, "pruning_pattern": "2:4"}]
+)
 def test_pruned_weights_stay_zero_and_the_trained_model_packs_exactly(fields, tmp_path):
     teacher, model = student(train_weights=TRAINED_KINDS, per_channel=True, **fields)
     objective = Distillation(model, teacher, average=0.9)
