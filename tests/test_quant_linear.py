@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -332,3 +334,27 @@ def test_layers_of_one_x_share_their_rotation():
         kernels.quant_linears(x, [])
     with pytest.raises(ValueError, match="they share the argument rotation"):
         kernels.quant_linears(x, [layers[0]._replace(rotation=rotation)])
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_a_weight_that_is_quantized_already_needs_no_grid(with_mask):
+    """What layers with scales finer than a row pass on: same result, same gradients, no codes."""
+    x, values = torch.randn(5, 7, 12), torch.randn(6, 12)
+    mask = torch.rand(6, 12) > 0.5 if with_mask else None
+    grid = kernels.Grid(torch.tensor(-1.5), torch.tensor(2.0), None, None, 3)
+    found = []
+    for path in (contextlib.nullcontext, triton_only):
+        leaves = [t.clone().requires_grad_() for t in (x, values)]
+        with path():
+            layer = kernels.QuantLayer(grid, kernels.QuantWeight(leaves[1], None, mask))
+            y = kernels.quant_linear(leaves[0], grid, layer.weight)
+            z = kernels.quant_mlp(leaves[0], layer, layer._replace(weight=layer.weight._replace(
+                values=leaves[1].new_ones(4, 6), mask=None)))  # fmt: skip
+        (y.square().sum() + z.square().sum()).backward()
+        found.append([y, z, *(leaf.grad for leaf in leaves)])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="codes need a grid"):
+        kernels.quant_linear(x, grid, kernels.QuantWeight(values.to(torch.uint8), None))
+    with pytest.raises(ValueError, match="it has no grid"):
+        kernels.pack_weight(kernels.QuantWeight(values, None))
