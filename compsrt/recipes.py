@@ -174,7 +174,7 @@ RECIPES = {
         save_every=250,
     ),
     "compsrt-best": Recipe(
-        "what pays beyond the papers: weight scales per channel, everything trained by distillation",
+        "weight scales per channel, everything trained by distillation; for SwinIR",
         bits=(4, 3, 2),
         steps=4000,
         batch=4,
