@@ -9,6 +9,11 @@ an exact dynamic program over whole numbers of bits. The mean is counted twice: 
 number; activations, by the multiply-adds that they enter, so that what a multiplier saves on one
 layer can be spent on another. Both averages are met exactly wherever the sizes of the layers allow
 it, and never exceeded.
+
+On the nano model at 3 bits on average, calibrated only, rotated, sensitivity from 2 crops of 48x48:
+the picture is 52.9 dB from the float network's where equal bits leave 46.0 (6 held-out crops), and
+Set5's butterfly has 32.74 dB for 31.17 (float 32.92). The first layer's blocks get 3 to 6 bits, those
+of the last 1 to 3. So an average is no b-bit network in the papers' sense, and must be called an average.
 """
 
 from __future__ import annotations

@@ -413,13 +413,13 @@ class WeightQuantizer(Quantizer):
     def quantize_column(self, column: Tensor, j: int) -> Tensor:
         """The quantized form of values (C_out,) of column j of the weight."""
         grid = self.grid()
-        scalars = grid[:4]
         if self.group is not None:
             at = slice(j // self.group, None, self.size[1] // self.group)
-            scalars = [None if scalar is None else scalar[at] for scalar in scalars]
-        return kernels.fake_quantize(column[:, None], *scalars, bits=grid.bits, codes=grid.codes)[
-            :, 0
-        ]
+            lower, upper, *moved = grid[:4]
+            alpha, beta = (None if scalar is None else scalar[at] for scalar in moved)
+            grid = kernels.Grid(lower[at], upper[at], alpha, beta, grid.bits, grid.codes)
+        found = kernels.fake_quantize(column[:, None], *grid[:4], bits=grid.bits, codes=grid.codes)
+        return found[:, 0]
 
     @torch.no_grad()
     def compact(self, storage: torch.dtype) -> None:
