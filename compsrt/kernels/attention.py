@@ -57,7 +57,7 @@ APART = tl.constexpr(-100.0)  # added to the score of two tokens that the pictur
 # Warps, rows and slices are those that spill (nearly) no register on any target of aot.py, and so
 # is the order of some lines below: the products in a loop share a layout, that of the last one.
 # The speed of none of this is measured yet.
-WARPS = 4
+WARPS = 4  # twice as many for float32 with scalars a head, which would spill 56 bytes
 ROWS_FORWARD = 32  # of the scores that a program holds
 ROWS_BACKWARD = 16
 SLICE = 16  # coefficients of the rotated probabilities at a time
@@ -520,7 +520,7 @@ def _settings(q, heads, window, shift, rotations, scalars, bits, clamped, rows) 
         "BITS": tuple(bits),
         "CLAMPED": tuple(clamped),
         "PER_HEAD": scalars[0].numel() > 1,
-        "num_warps": WARPS,
+        "num_warps": WARPS * (1 + (scalars[0].numel() > 1 and q.dtype == torch.float32)),
     }
 
 
