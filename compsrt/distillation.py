@@ -29,6 +29,8 @@ class Distillation(QuantTraining):
     if asked to. Raises ValueError for a student that learns nothing or was not calibrated.
     """
 
+    teacher: nn.Module
+
     def __init__(
         self,
         student: nn.Module,

@@ -222,6 +222,7 @@ class SwinIR(nn.Module):
 
     mean: Tensor
     layers: nn.ModuleList
+    upsample: nn.Sequential
     replay: Replay | None
 
     def __init__(self, config: SwinIRConfig):
@@ -293,7 +294,7 @@ class SwinIR(nn.Module):
 
     def _enlarge(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        given, x = x.dtype, x.to(wide(self.conv_first.bias.dtype))
+        given, x = x.dtype, x.to(wide(self.norm.weight.dtype))
         mean = self.mean.flatten()
         x = mirror_to_multiple(x, self.config.window_size)
         first = self.conv_first(x, mean=mean)
