@@ -308,7 +308,8 @@ class SwinIR(nn.Module):
         if self.config.upsampler == "pixelshuffle":
             before, leaky = self.conv_before_upsample
             x = before(x, slope=leaky.negative_slope)
-            for conv, shuffle in zip(self.upsample[::2], self.upsample[1::2], strict=True):
+            stages = list(self.upsample)
+            for conv, shuffle in zip(stages[::2], stages[1::2], strict=True):
                 x = conv(x, shuffle=shuffle.upscale_factor)
             x = self.conv_last(x, offset=mean)
         else:
