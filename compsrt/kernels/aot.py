@@ -40,7 +40,6 @@ OPS = (  # files that have examples()
     "linear",
     "mlp",
     "attention",
-    "swin_block",
 )
 COLUMNS = ("registers", "spill", "shared", "tensor", "occupancy", "seconds")
 
