@@ -106,10 +106,10 @@ def _quant_swin_block_fwd_kernel(
         p = tiles.softmax(swin_block_tiles.scores(q, k, scalars, 0 if C.shared else head) + bias)
         v = swin_block_tiles.head_codes(v_in, value, scalars, head, 2, C, HEAD_CODES)
         o = swin_block_tiles.attend(p, v, token_ptr, scalars, head, C, TYPE).to(TYPE)
-        first = head * C.d
         n = tl.arange(0, INNER)[:, None]
-        lane = first + tl.arange(0, C.width_head)[None, :]
-        matrix = swin_block_tiles.load_matrix(merge.weight, n, lane, C.inner, C.inner, first + C.d)
+        lane = tl.arange(0, C.width_head)[None, :]
+        at = merge.weight + head * C.d
+        matrix = swin_block_tiles.load_matrix(at, n, lane, C.inner, C.inner, C.d)
         y = tiles.dot(o, tl.trans(matrix), y)
 
     y += swin_block_tiles.load_vector(merge.bias, 0, C.width_inner, C.inner)
@@ -119,8 +119,8 @@ def _quant_swin_block_fwd_kernel(
     x += swin_block_tiles.linear(codes, proj, C.size, C.width, C.inner)
     x = swin_block_tiles.mlp(x, middle, fc1, hidden, fc2, limits_ptr, C, TYPE, CODES)
     column = tl.arange(0, C.width)[None, :]
-    at = out_ptr + rows.number.to(tl.int64)[:, None] * C.size + column
-    tl.store(at, x.to(out_ptr.dtype.element_ty), mask=column < C.size)
+    to = out_ptr + rows.number.to(tl.int64)[:, None] * C.size + column
+    tl.store(to, x.to(out_ptr.dtype.element_ty), mask=column < C.size)
 
 
 # --- Host ----------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def _constants(folded: FoldedBlock) -> Constants:
         width_head=max(16, next_power_of_two(d)),
         width_hidden=min(max(32, width_hidden), 128),
         rows=min(ROWS, folded.window**2),
-        slice=min(16 if integer else 64, folded.window**2),
+        slice=min(16, folded.window**2),
         chunk=16 if integer else 32,
         integer=integer,
         shared=len(folded.scalars.scores) == 1,
