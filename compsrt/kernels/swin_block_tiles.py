@@ -46,8 +46,8 @@ def to_codes(t, low, high, inside, TYPE):
 @triton.jit
 def load_vector(ptr, first, COUNT: tl.constexpr, end):
     """Entries first to first + COUNT, (1, COUNT) in float32, 0 from `end` on."""
-    n = first + tl.arange(0, COUNT)[None, :]
-    return tl.load(ptr + n, mask=n < end, other=0.0).to(tl.float32)
+    n = tl.arange(0, COUNT)[None, :]
+    return tl.load(ptr + first + n, mask=n < end - first, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -103,9 +103,11 @@ def multiply(x, layer, first, COUNT: tl.constexpr, end, first_in, IN: tl.constex
 
     head, D: which head the rows are and how many it has, where a head is rotated.
     """
-    n = first + tl.arange(0, COUNT)[:, None]
-    k = first_in + tl.arange(0, x.shape[1])[None, :]
-    weight = tl.trans(load_matrix(layer.weight, n, k, IN, end, IN))
+    # What a loop moves is one pointer then, not those of all entries, which would not fit.
+    at = first * IN + first_in
+    n = tl.arange(0, COUNT)[:, None]
+    k = tl.arange(0, x.shape[1])[None, :]
+    weight = tl.trans(load_matrix(layer.weight + at, n, k, IN, end - first, IN - first_in))
     M: tl.constexpr = x.shape[0]
     if layer.scale is None:
         return add_product(x, weight, tl.zeros((M, COUNT), tl.float32))
@@ -113,7 +115,9 @@ def multiply(x, layer, first, COUNT: tl.constexpr, end, first_in, IN: tl.constex
         if layer.mask is None:
             kept = tl.sum(x.to(tl.int32), 1)[:, None].to(tl.float32)
         else:
-            kept = count(x, tl.trans(load_matrix(layer.mask, n, k, IN, end, IN)))
+            kept = count(
+                x, tl.trans(load_matrix(layer.mask + at, n, k, IN, end - first, IN - first_in))
+            )
         y = count(x, weight) * load_vector(layer.scale, first, COUNT, end)
         y += kept * load_vector(layer.zero, first, COUNT, end)
         if layer.rotation is not None:
@@ -213,8 +217,8 @@ def attend(p, v, token_ptr, scalars, head, C: tl.constexpr, TYPE):
         p = p.to(TYPE)
         rest = tl.zeros((1, WIDTH_HEAD), tl.float32)
         for first in tl.range(0, N, C.slice, num_stages=1, disable_licm=C.integer):
-            row = first + tl.arange(0, C.slice)[:, None]
-            token = tl.load(token_ptr + row * N + tl.arange(0, N)[None, :])
+            row = tl.arange(0, C.slice)[:, None]
+            token = tl.load(token_ptr + first * N + row * N + tl.arange(0, N)[None, :])
             t = times(p, tl.trans(token)) * inverse - zero
             codes = to_codes(t, low, high, True, v.dtype)
             turned = add_product(token, v, tl.zeros((SLICE, WIDTH_HEAD), tl.float32))
