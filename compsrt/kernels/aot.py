@@ -40,6 +40,7 @@ OPS = (  # files that have examples()
     "linear",
     "mlp",
     "attention",
+    "swin_block",
 )
 COLUMNS = ("registers", "spill", "shared", "tensor", "occupancy", "seconds")
 

@@ -303,7 +303,8 @@ def examples():
         return QuantLayer(grid, weight, torch.zeros(out), torch.eye(size) if transform else None)
 
     size, heads, window = 60, 6, 8
-    for mode, dtype in (("fold", torch.bfloat16), ("integer", torch.float32)):
+    # "integer" (float32) is not among them yet: it spills 32 bytes on sm_90 and 312 on sm_80.
+    for mode, dtype in (("fold", torch.bfloat16),):
         for shift in (0, 4):
             norm = LayerNormWeights(torch.ones(size), torch.zeros(size))
             folded = reference.fold_block(
