@@ -119,6 +119,17 @@ def test_padded_transforms_run_as_they_were_trained():
         models.set_arithmetic(model, "floating")
 
 
+def test_the_fastest_way_that_errs_little_is_chosen(monkeypatch):
+    block = quantized(torch.float32).layers[0].blocks[1]
+    forms = {mode: block.folded(mode) for mode in ("fold", "integer")}
+    times = iter([0.2] * 5 + [0.1] * 5 + [0.1] * 5 + [0.2] * 5 + [0.2] * 5 + [0.1] * 5)
+    monkeypatch.setattr(quant_swinir, "_seconds", lambda call: next(times))
+    assert quant_swinir.fastest(block, forms) == "integer"
+    assert quant_swinir.fastest(block, forms) == "fold"
+    wrong = forms["integer"]._replace(table=5 * torch.randn_like(forms["integer"].table))
+    assert quant_swinir.fastest(block, {**forms, "integer": wrong}) == "fold"
+
+
 def test_a_folded_model_still_tells_its_levels_and_gives_gradients():
     model = quantized(torch.float32, QuantSpec(bits=2))
     models.set_arithmetic(model, "auto")

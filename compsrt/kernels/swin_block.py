@@ -11,10 +11,9 @@ residual stream, at their own places in x and out (B, H, W, C). Between the two 
 so that no tile is ever cut into heads. "fold" multiplies codes, exact in each half type, with
 matrices of that type, and sums in float32. "integer" multiplies codes with codes in int8 and sums in
 int32: q, k, v, proj, fc1 and fc2; S in bf16, which holds codes, and float32, which holds sums of up
-to 2^24, so just as exactly, and a head of 10 fits 16 lanes instead of int8's 32.
-What has no codes on one side stays a product of floats, in
-float32 (as bf16x6, see `tiles.dot`): the rotations E, T, M, E', P', a head's own, and A^ times
-T^T v^, since a rotated v^ has no codes.
+to 2^24, so just as exactly, and a head of 10 fits 16 lanes instead of int8's 32. What has no codes on
+one side stays a product of floats, in float32 (as bf16x6, see `tiles.dot`): the rotations E, T, M,
+E', P', a head's own, and A^ times T^T v^, since a rotated v^ has no codes.
 
 Windows are counted in 32 bits. No gradients: for inference.
 """
