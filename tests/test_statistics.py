@@ -324,7 +324,8 @@ def test_the_defaults_are_the_packaged_model_and_photographs(capsys):
 
 
 def test_what_is_written_out_for_a_quick_help_is_what_holds():
-    assert transforms.TRANSFORMS[1:] == statistics.TRANSFORMS
+    fixed = tuple(name for name in transforms.TRANSFORMS if name not in ("none", "learned"))
+    assert fixed == statistics.TRANSFORMS
     known = statistics._parser().parse_args(["normality"])
     assert known.shapiro_values == measures.SHAPIRO_VALUES
     assert (known.values, known.resamples) == (tensors.VALUES, paired.RESAMPLES)

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
+from .layers import HALVES
 
 ACTIVATIONS = ("prelu", "relu")
 BLOCKS = ("collapsed", "expanded")
@@ -239,8 +240,8 @@ class SESRBody(nn.Module):
 
         In half precision, which is what the kernel is for; the features of a SESR stay below 10.
         """
-        half = x.dtype in (torch.float16, torch.bfloat16)
-        if self.training or torch.is_grad_enabled() or not half:
+        # Asked of the weights, since a traced x has no type.
+        if self.training or torch.is_grad_enabled() or self.first.weight.dtype not in HALVES:
             return None
         from ..kernels.dispatch import use_triton  # which loads Triton
 
