@@ -241,7 +241,7 @@ class SESRBody(nn.Module):
         In half precision, which is what the kernel is for; the features of a SESR stay below 10.
         """
         # Asked of the weights, since a traced x has no type.
-        if self.training or torch.is_grad_enabled() or self.first.weight.dtype not in HALVES:
+        if self.training or torch.is_grad_enabled() or next(self.parameters()).dtype not in HALVES:
             return None
         from ..kernels.dispatch import use_triton  # which loads Triton
 
