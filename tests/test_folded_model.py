@@ -49,6 +49,34 @@ def test_the_folded_model_is_the_quantized_model(size, arithmetic):
     torch.testing.assert_close(folded(x), reference(x), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"per_channel": True, "pruning": 0.4},
+        {"per_head": True},
+        {"weight_groups": 12},
+        {"convolution_bits": 8},
+        {"transform": "learned"},
+        {"transform": "dct", "site_transforms": (("fc2", "none"),)},
+        {"average_bits": 3},
+        {"method": "lsq+"},
+        {"method": "2dquant", "codes": "clamped", "bits": 8},
+    ],
+    ids=str,
+)
+def test_every_option_folds(fields):
+    model = compsrt.quantize(tiny_swinir(), QuantSpec(**fields), torch.rand(1, 3, 24, 24))
+    for name, parameter in model.named_parameters():
+        if name.endswith("angles"):  # away from the identity
+            parameter.data.normal_(std=0.1)
+    model = model.double().requires_grad_(False)
+    x = torch.rand(1, 3, 16, 24, dtype=torch.float64)
+    for arithmetic in ("fold",) if "weight_groups" in fields else ("fold", "integer"):
+        reference, folded = both_ways(model, arithmetic)
+        assert_folded(folded)
+        torch.testing.assert_close(folded(x), reference(x), rtol=0, atol=1e-9)
+
+
 @given(height=st.integers(1, 40), width=st.integers(1, 40), batch=st.integers(1, 3))
 @settings(max_examples=10)
 def test_any_size_is_the_padded_picture_cropped(height, width, batch):

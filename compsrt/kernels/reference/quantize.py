@@ -349,7 +349,7 @@ def search_bounds(
     whole tensor once a candidate instead. Source: 2DQuant, section 3.2, Algorithm 1.
     """
     check_quantizer(bits, "clamped")
-    rows = sort_rows(_wide(x.detach()))
+    rows = sort_rows(_wide(x.detach())).contiguous()
     levels = 2**bits
     least, greatest = rows[:, :1].double(), rows[:, -1:].double()
     unit = (greatest - least) / (2 * candidates)
