@@ -2,8 +2,8 @@
 
 The residual stream of a transformer outgrows float16 (above 65,504 it becomes infinite, and the
 picture black) and its sum outgrows bfloat16's 8 bits. So the stream stays float32, whatever type the
-weights have, and only what enters a product is narrowed. Where input and weights have one type, and
-under autocast, these are the layers of `torch.nn`.
+weights have, and only what enters a product is narrowed. A convolution is `kernels.convolve`, which
+may take in what surrounds it; with gradients, or on a CPU, that is PyTorch's own.
 """
 
 from __future__ import annotations
