@@ -5,10 +5,11 @@ trained). *Sum*: the levers added up, one after the other. Every row is made at 
 several seeds, which choose calibration and training crops, held-out pictures and their order; the
 table shows the mean and, after ±, the standard deviation over the seeds.
 
-What is finished is kept in the result file, and a run that is there is not made again: the command can
-be stopped and given again. Beside the file it writes a Markdown table (.md) and a picture (.png) of
-loss against bits per weight, with published losses. Their float network is SwinIR-light, not the one
-measured here, so only the losses against each one's own float network can be laid side by side.
+What is finished is kept in the result file, and a run that is there is not made again: the command
+can be stopped and given again, and several may fill one file side by side. Beside the file it
+writes a Markdown table (.md) and a picture (.png) of loss against bits per weight, with published
+losses. Their float network is SwinIR-light, not the one measured here, so only the losses against
+each one's own float network can be laid side by side.
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ CONVOLUTIONS = "--convolution-bits {}"
 HEADS = "--per-head"
 AUTO = "--transform auto"
 BOUNDS = "--method compsrt --steps {steps}"
-WEIGHTS = "--train-weights weights biases norms tables convolutions --weight-learning-rate 8e-3"
-NO_AVERAGE, AVERAGE = "--average 0", "--average 0.998"
+WEIGHTS = (
+    "--train-weights weights biases norms tables convolutions --weight-learning-rate 8e-3"
+    " --average 0.98"
+)
 LEARNED = "--transform learned"
 ALONE = {
     "plain": "",
@@ -54,31 +57,27 @@ ALONE = {
     "mixed-bits": MIXED,
     "convolutions-8": CONVOLUTIONS.format(8),
     "convolutions-6": CONVOLUTIONS.format(6),
-    "convolutions-6-output-rounding": f"{CONVOLUTIONS.format(6)} {OUTPUT}",
     "bounds": f"{BOUNDS} --transform none",
     "bounds-rotation": f"{BOUNDS} {ROTATED}",
     "bounds-learned-transform": f"{BOUNDS} {LEARNED}",
-    "weights": f"{BOUNDS} --transform none {WEIGHTS} {NO_AVERAGE}",
-    "weights-average": f"{BOUNDS} --transform none {WEIGHTS} {AVERAGE}",
+    "weights": f"{BOUNDS} --transform none {WEIGHTS}",
 }
 STEPS_OF_SUM = (
     ("rotation", ROTATED),
-    ("per-channel", PER_CHANNEL),
-    ("asymmetric-bounds", ASYMMETRIC),
     ("output-rounding", OUTPUT),
-    ("bounds", BOUNDS),
-    ("weights", f"{WEIGHTS} {NO_AVERAGE}"),
-    ("average", AVERAGE),
-    ("per-head", HEADS),
-    ("auto-transform", AUTO),
-    ("learned-transform", LEARNED),
     ("mixed-bits", MIXED),
+    ("asymmetric-bounds", ASYMMETRIC),
+    ("per-head", HEADS),
+    ("convolutions-8", CONVOLUTIONS.format(8)),
     ("convolutions-6", CONVOLUTIONS.format(6)),
+    ("bounds", BOUNDS),
+    ("weights", WEIGHTS),
+    ("per-channel", PER_CHANNEL),
 )
 # Arguments of every run; a later one of the same name wins.
 COMMON = (
-    "--steps 0 --batch 4 --patch 32 --warmup 100 --validate-every 250 --save-every 250"
-    " --calibration-count 16 --validation-crops 16"
+    "--steps 0 --batch 2 --patch 32 --warmup 20 --validate-every 50 --save-every 50"
+    " --calibration-count 16 --calibration-patch 32 --validation-crops 8"
 )
 # PSNR in dB on Y, as published, x2: float SwinIR-light and 4, 3, 2 bits on the sets of SETS. Not ours.
 SETS = ("Set5", "Set14", "B100", "Urban100", "Manga109")
@@ -133,7 +132,9 @@ def main(argv: list[str] | None = None) -> None:
                         help=f"of: {' '.join(names)}")  # fmt: skip
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=4000, help="of rows that train")
+    parser.add_argument("--steps", type=int, default=200, help="of rows that train")
+    parser.add_argument("--pictures", type=int, metavar="N",
+                        help="score on no more of each test set, spread evenly (default: all)")  # fmt: skip
     parser.add_argument("--result", type=Path, metavar="FILE",
                         default=Path("benchmarks/results/ablation_nano_x2.json"))  # fmt: skip
     parser.add_argument("--models", type=Path, default=Path("runs/ablation"), metavar="DIR",
@@ -142,7 +143,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     result = _begin(parser, options)
     if not options.draw:
-        _run_all(options, result)
+        _run_all(options)
+        result = json.loads(options.result.read_text())
     lines = table(result)
     atomic_write(options.result.with_suffix(".md"), lines.encode())
     print(lines)
@@ -154,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _begin(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, Any]:
-    """The result so far: of the same settings, or new."""
+    """The result so far: of the same settings, or new and written."""
     if options.draw:
         return json.loads(options.result.read_text())
     if options.train is None or not options.test:
@@ -163,6 +165,7 @@ def _begin(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict
         "weights": sha256(options.weights),
         "steps": options.steps,
         "tests": [Path(folder).name for folder in options.test],
+        "pictures": options.pictures,
         "common": COMMON,
     }
     if options.result.exists():
@@ -170,28 +173,48 @@ def _begin(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict
         if result["settings"] != settings:
             parser.error(f"{options.result}: it is of other settings; give another --result")
         return result
-    return {"settings": settings, "environment": env.collect(), "runs": []}
+    result = {"settings": settings, "environment": env.collect(), "runs": []}
+    options.result.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(options.result, json.dumps(result, indent=1).encode())
+    return result
 
 
-def _run_all(options: argparse.Namespace, result: dict[str, Any]) -> None:
+def _run_all(options: argparse.Namespace) -> None:
     model: Any = checkpoint.load(options.weights)
-    sets = {Path(folder).name: data.find_pairs(folder, model.scale) for folder in options.test}
-    done = {_key(run) for run in result["runs"]}
+    sets = {
+        Path(folder).name: some(data.find_pairs(folder, model.scale), options.pictures)
+        for folder in options.test
+    }
 
     def keep(run: dict[str, Any]) -> None:
-        result["runs"].append(run)
+        # Read again: several commands can fill one file, with other seeds or rows each.
+        result = json.loads(options.result.read_text())
+        result["runs"] = [r for r in result["runs"] if _key(r) != _key(run)] + [run]
         atomic_write(options.result, json.dumps(result, indent=1).encode())
 
-    options.result.parent.mkdir(parents=True, exist_ok=True)
-    if ("float", 32, 0) not in done:
+    def find(row: str, bits: int, seed: int) -> dict[str, Any] | None:
+        """The run that is there, or one of another row that was told the same."""
+        told = None if row == "float" else " ".join(arguments_of(row, bits, seed, options.steps))
+        runs = json.loads(options.result.read_text())["runs"]
+        found = [r for r in runs if _key(r) == (row, bits, seed)]
+        return next(iter(found + [r for r in runs if told and r.get("arguments") == told]), None)
+
+    if find("float", 32, 0) is None:
         row, _ = scoring.score("float", model, sets, model.scale, path=options.weights)
         keep({"row": "float", "bits": 32, "seed": 0, **_figures(row)})
     # All rows with the first seed before the second one: a table that is soon whole.
     for seed in options.seeds:
         for bits in options.bits:
             for row in options.rows:
-                if (row, bits, seed) not in done:
-                    keep(_run(options, sets, model.scale, row, bits, seed))
+                run = find(row, bits, seed)
+                run = _run(options, sets, model.scale, row, bits, seed) if run is None else run
+                keep({**run, "row": row})
+
+
+def some(pairs: list[Any], count: int | None) -> list[Any]:
+    """At most so many, spread evenly."""
+    count = len(pairs) if count is None else min(count, len(pairs))
+    return [pairs[i * len(pairs) // count] for i in range(count)]
 
 
 def _run(options, sets, scale: int, row: str, bits: int, seed: int) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from .quantization import Quantizer, QuantSpec, WeightQuantizer, named_quantizer
 
 CHOICES = tuple(range(1, 9))
 ENTRIES = 1 << 17  # of a tensor that its errors are computed from
-PICTURES = 8  # that sensitivity is measured on
+PIXELS = 8192  # of pictures that sensitivity is measured on, one forward pass a site
 
 
 def spend(errors: np.ndarray, sizes: Sequence[int], average: float) -> list[int]:
@@ -77,7 +77,8 @@ def allocate(model: nn.Module, spec: QuantSpec, pictures: Tensor) -> QuantSpec:
     sites = dict(named_quantizers(model))
     weights = {n: s for n, s in sites.items() if isinstance(s, WeightQuantizer) and s.prunable}
     activations = {n: s for n, s in sites.items() if s.products}
-    errors, sizes = _errors(model, sites, {**weights, **activations}, pictures[:PICTURES])
+    some = pictures[: max(1, PIXELS // pictures[0, 0].numel())]
+    errors, sizes = _errors(model, sites, {**weights, **activations}, some)
     found = []
     for group in (weights, activations):
         if group:

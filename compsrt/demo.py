@@ -12,10 +12,12 @@ from torch import nn
 from . import inference
 from .data import Pair, load_pair
 from .images import Picture, imresize
+from .quantization import quant_spec
 
 WEIGHTS = Path(__file__).parent / "assets" / "swinir_nano_x2.safetensors"
 METHODS = ("dobi", "2dquant", "compsrt")
 BITS = (4, 3, 2)
+RECIPE = "compsrt-best"  # its rows are the last
 # Small enough for five minutes on two cores.
 OPTIONS = {
     "output": Path("runs/demo"),
@@ -68,13 +70,14 @@ def test_pairs() -> list[Pair]:
 
 def side_by_side(
     model: Any,
-    packed: dict[tuple[str, int, float], nn.Module],
+    packed: dict[str, nn.Module],
     sets: dict[str, list[Pair]],
     path: Path,
 ) -> Path | None:
     """Bicubic, float, 4 and 2 bits and the original of the first test picture, with a crop enlarged.
 
-    packed: the quantized models by (method, bits, pruning). Returns the path, or None, and says
+    packed: the quantized models by name; of those without pruning the last of the most and of the
+    fewest bits are shown. Returns the path, or None, and says
     so, where matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
@@ -93,11 +96,15 @@ def side_by_side(
         ("bicubic", imresize(lr, scale)),
         ("float, 32 bits", inference.enlarge(model, lr)),
     ]
-    best = {key: value for key, value in packed.items() if key[0] == "compsrt" and not key[2]}
-    best = best or packed
-    for (method, bits, _), quantized in sorted(best.items(), key=lambda item: -item[0][1]):
-        if bits in (max(key[1] for key in best), min(key[1] for key in best)):
-            panels.append((f"{method}, {bits} bits", inference.enlarge(quantized, lr)))
+    last: dict[int, tuple[str, nn.Module]] = {}
+    for name, quantized in packed.items():
+        spec = quant_spec(quantized)
+        assert spec is not None
+        if not spec.pruning:
+            last[spec.bits] = name, quantized
+    for bits in dict.fromkeys((max(last), min(last))) if last else ():
+        name, quantized = last[bits]
+        panels.append((name, inference.enlarge(quantized, lr)))
     panels.append(("original", hr))
     top, left, side = _busiest(hr, 96)
     figure = Figure(figsize=(2.6 * len(panels), 5.1), dpi=150, layout="constrained")

@@ -31,6 +31,10 @@ class Recipe:
     per_channel: bool | None = None
     per_head: bool | None = None
     transform: str | None = None
+    average_bits: tuple[float, ...] | None = None
+    convolution_bits: int | None = None
+    calibration: str | None = None
+    rounding: str | None = None
     feature_weight: float | None = None
     picture_weight: float | None = None
     average: float | None = None

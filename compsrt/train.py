@@ -210,6 +210,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if options.learning_rate is None:
         floating = options.method in (["float"], ["srp"])
         options.learning_rate = 1e-3 if floating else 0.03
+    if "--bits" in (given := _given(argv)) and "--average-bits" not in given:
+        options.average_bits = [None]  # whatever the recipe says
     if options.train_weights == []:
         options.train_weights = TRAINED_KINDS
     if options.output is None:
@@ -230,11 +232,16 @@ def _demo_defaults(
     options.weights = options.weights or str(demo.WEIGHTS)
     if not argv:
         options.method, options.bits = list(demo.METHODS), list(demo.BITS)
-        options.force = True
-    given = {word.partition("=")[0] for word in argv}
+        options.force, options.demo = True, "whole"
+    given = _given(argv)
     for name, value in demo.OPTIONS.items():
         if f"--{name.replace('_', '-')}" not in given:
             setattr(options, name, value)
+
+
+def _given(argv: Sequence[str]) -> set[str]:
+    """The options that the command line names."""
+    return {word.partition("=")[0] for word in argv}
 
 
 # --- The grid ----------------------------------------------------------------------------------------
@@ -252,10 +259,10 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
             return structured
         options.weights = str(options.output / "srp" / "model.safetensors")
         options.method = options.method[1:]
-    from compsrt import checkpoint, demo, scoring
+    from compsrt import checkpoint, demo, models, scoring
     from compsrt.quantization import quant_spec
 
-    specs = _specs(options)
+    grid = _grid(options)
     model: Any = checkpoint.load(options.weights, ranks.device)
     if quant_spec(model) is not None:
         raise ValueError(f"{options.weights}: it is quantized already; the float model is needed")
@@ -269,13 +276,14 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
     source = {"file": Path(options.weights).name, "sha256": sha256(options.weights)}
     candidates = (("bicubic", None, None), ("float", model, options.weights))
     rows, pictures = scoring.score_all(candidates, sets, scale, ranks)
-    packed: dict[tuple[str, int, float], Any] = {}
-    for spec in specs:
+    packed: dict[str, Any] = {}
+    for chosen, spec in grid:
         name = _name(spec)
         quantized, report = _compress(
-            options, spec, name, model, calibration, validation, source, ranks
+            chosen, spec, name, model, calibration, validation, source, ranks
         )
-        packed[spec.method, spec.bits, spec.pruning] = quantized
+        models.set_arithmetic(quantized, "auto")  # as a loaded file is run
+        packed[name] = quantized
         path = options.output / name / "model.safetensors"
         if sets:
             row, scores = scoring.score(
@@ -303,6 +311,19 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
     if rows[-1].get("interrupted"):
         raise KeyboardInterrupt
     return result
+
+
+def _grid(options: argparse.Namespace) -> list[tuple[argparse.Namespace, Any]]:
+    """The runs, and the options of each; the whole demo ends with those of a recipe."""
+    from compsrt import demo
+    from compsrt.recipes import RECIPES
+
+    grid = [(options, spec) for spec in _specs(options)]
+    if options.demo == "whole":
+        last = {**vars(options), **RECIPES[demo.RECIPE].options(), **demo.RECIPE_OPTIONS}
+        last = argparse.Namespace(**last)
+        grid += [(last, spec) for spec in _specs(last)]
+    return grid
 
 
 def _specs(options: argparse.Namespace) -> list[Any]:
