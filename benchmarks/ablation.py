@@ -1,7 +1,8 @@
 """One table of what each lever brings: ``python benchmarks/ablation.py --train DIR --test DIR ...``
 
-Two kinds of rows. *Alone*: one lever added to the plainest form (DOBI bounds, no rotation, nothing
-trained). *Sum*: the levers added up, one after the other. Every row is made at several bits and with
+Three kinds of rows. *Alone*: one lever added to the plainest form (DOBI bounds, no rotation, nothing
+trained). *Sum*: the levers added up, one after the other. *Best*: the recipe compsrt-best, which
+takes its steps from there and turns on what paid. Every row is made at several bits and with
 several seeds, which choose calibration and training crops, held-out pictures and their order; the
 table shows the mean and, after ±, the standard deviation over the seeds.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -67,14 +69,17 @@ STEPS_OF_SUM = (
     ("output-rounding", OUTPUT),
     ("mixed-bits", MIXED),
     ("asymmetric-bounds", ASYMMETRIC),
-    ("per-head", HEADS),
     ("convolutions-8", CONVOLUTIONS.format(8)),
     ("convolutions-6", CONVOLUTIONS.format(6)),
     ("bounds", BOUNDS),
     ("weights", WEIGHTS),
-    ("per-channel", PER_CHANNEL),
 )
-# Arguments of every run; a later one of the same name wins.
+# What the recipe makes of it, trained for longer; the same with as many bits at every site.
+BEST = {
+    "best": "--recipe compsrt-best --average-bits {bits}",
+    "best, equal bits": "--recipe compsrt-best --bits {bits}",
+}
+# Arguments of every other run; a later one of the same name wins.
 COMMON = (
     "--steps 0 --batch 2 --patch 32 --warmup 20 --validate-every 50 --save-every 50"
     " --calibration-count 16 --calibration-patch 32 --validation-crops 8"
@@ -102,18 +107,20 @@ PUBLISHED = {
 
 
 def rows() -> dict[str, str]:
-    """The arguments of every row by its name: alone/LEVER, then sum/LEVER in their order."""
+    """The arguments of every row by its name: alone/LEVER, sum/LEVER in their order, BEST."""
     found = {f"alone/{name}": arguments for name, arguments in ALONE.items()}
     so_far = PLAIN
     for name, arguments in STEPS_OF_SUM:
         so_far += f" {arguments}"
         found[f"sum/{name}"] = so_far
-    return found
+    return found | BEST
 
 
 def arguments_of(row: str, bits: int, seed: int, steps: int) -> list[str]:
     """What compsrt.train is told for one run, without files."""
     filled = rows()[row].format(bits=bits, steps=steps)
+    if row in BEST:
+        return f"{filled} --seed {seed}".split()
     return f"{PLAIN} --bits {bits} {COMMON} {filled} --seed {seed}".split()
 
 
@@ -218,7 +225,8 @@ def some(pairs: list[Any], count: int | None) -> list[Any]:
 
 
 def _run(options, sets, scale: int, row: str, bits: int, seed: int) -> dict[str, Any]:
-    folder = options.models / f"{row.replace('/', '-')}-{bits}bit-seed{seed}"
+    name = re.sub(r"\W+", "-", f"{row}-{bits}bit-seed{seed}")
+    folder = options.models / name
     arguments = arguments_of(row, bits, seed, options.steps)
     files = ["--weights", options.weights, "--train", options.train, "--output", str(folder)]
     began = time.perf_counter()
@@ -317,7 +325,7 @@ def draw(result: dict[str, Any], path: Path) -> Path:
     axes = figure.subplots()
     curves: dict[str, list[tuple[float, float, float]]] = {}
     for (row, _), runs in found.items():
-        if row == "alone/plain" or row.startswith("sum/"):
+        if row == "alone/plain" or row.startswith(("sum/", "best")):
             losses = [loss(run, of_float, tests) for run in runs]
             deviation = statistics.stdev(losses) if len(losses) > 1 else 0.0
             bits = statistics.fmean(run["bits_per_weight"] for run in runs)
@@ -326,6 +334,7 @@ def draw(result: dict[str, Any], path: Path) -> Path:
         x, y, deviation = zip(*sorted(points), strict=True)
         color = colormaps["viridis"](number / max(len(curves), 1))
         label = row.replace("sum/", "here, + ").replace("alone/plain", "here, DOBI, no rotation")
+        label = re.sub("^best", "here, compsrt-best", label)
         axes.errorbar(x, y, yerr=deviation, marker="o", ms=4, capsize=2, color=color, label=label)
     places = [SETS.index(test) for test in tests]
     for (name, values), style in zip(PUBLISHED.items(), (":", "--", "-."), strict=True):

@@ -281,7 +281,8 @@ def save_float(
 def _sealed(tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
     """A safetensors file with its checksum, the first thing in the metadata, filled in."""
     try:
-        text = json.dumps({"checksum": _BLANK, **metadata}, allow_nan=False)
+        spaces = None if metadata["format"] == 1 else (",", ":")  # the first format has them
+        text = json.dumps({"checksum": _BLANK, **metadata}, allow_nan=False, separators=spaces)
     except (TypeError, ValueError) as error:
         raise ValueError(f"metadata: JSON cannot hold it: {error}") from None
     data = safetensors.torch.save(tensors, {_METADATA_KEY: text})

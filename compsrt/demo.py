@@ -27,6 +27,7 @@ OPTIONS = {
     "validation_crops": 12,
     "validate_every": 25,
 }
+RECIPE_OPTIONS = {"steps": 100, "warmup": 10, "average": 0.97, "validate_every": 50}
 TRAINING = (
     "astronaut.png",
     "rocket.jpg",

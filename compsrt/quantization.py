@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -204,7 +205,7 @@ class QuantSpec:
         """What files hold: all fields of the first format, and of the later ones those that are set."""
         later = {f.name for f in dataclasses.fields(self) if "format" in f.metadata}
         unset = {f.name for f in dataclasses.fields(self) if not self._changed(f)}
-        fields = dataclasses.asdict(self)
+        fields = dataclasses.asdict(self) | {"site_bits": _shared_prefixes(self.site_bits)}
         return {name: value for name, value in fields.items() if name not in later & unset}
 
     @classmethod
@@ -215,7 +216,30 @@ class QuantSpec:
             raise ValueError(
                 f"spec: unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}"
             )
+        if runs := fields.get("site_bits"):
+            fields = {**fields, "site_bits": _whole_names(runs)}
         return cls(**fields)
+
+
+def _shared_prefixes(pairs: Iterable[tuple[str, int]]) -> list[list]:
+    """(name, bits) pairs as [prefix, name, bits, name, bits, ...], one for each run of a block's."""
+    runs: list[list] = []
+    for name, bits in pairs:
+        matched = re.match(r"(?:.*\.\d+\.)?", name)
+        prefix = matched[0] if matched else ""
+        if not runs or runs[-1][0] != prefix:
+            runs.append([prefix])
+        runs[-1] += [name.removeprefix(prefix), bits]
+    return runs
+
+
+def _whole_names(runs: Iterable[Any]) -> list[tuple[str, int]]:
+    """The inverse of `_shared_prefixes`."""
+    return [
+        (prefix + name, bits)
+        for prefix, *rest in runs
+        for name, bits in zip(rest[::2], rest[1::2], strict=True)
+    ]
 
 
 # --- Quantizers ------------------------------------------------------------------------------------

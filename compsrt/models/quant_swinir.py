@@ -50,7 +50,7 @@ from ..transforms import next_power_of_two, transform_matrix
 from . import swinir
 from .layers import HALVES, convolve, wide
 from .quant_sesr import QuantConv2d
-from .replay import Replay
+from .replay import Replay, said
 
 # How a block computes. "reference": quantizer by quantizer, as it is trained; "fold": codes times
 # matrices that hold everything else; "integer": codes times codes, exact; "auto": folded where that
@@ -238,7 +238,8 @@ class QuantSwinBlock(nn.Module):
             sizes = tuple(module.weight.size for module in (self.q, self.proj, self.fc1))
             kind = device, self.dtype, sizes, self.heads, self.window, bool(self.shift)
             if kind not in _FASTEST:
-                _FASTEST[kind] = fastest(self, blocks)
+                what = f"choosing between {' and '.join(blocks)} for a block"
+                _FASTEST[kind] = said(what, device, fastest, self, blocks)
             blocks = {mode: blocks[mode] for mode in (_FASTEST[kind], *blocks)}
         self._folded = next(iter(blocks.values()), None)
 

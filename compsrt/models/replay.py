@@ -4,7 +4,8 @@ A CUDA graph holds the launches of one call, with the addresses they work on: a 
 input to its place, sends all launches at once, and copies the output out. A shape is recorded when it
 comes the second time, so that a folder of pictures that all differ records nothing, and the graphs
 of the shapes that came last are kept. All share one pool of memory. What the first call of a shape
-takes, compilation and all, and what recording takes, is said on stderr by the logger "compsrt".
+takes, compilation and all, and what recording takes, is said (`said`) on stderr by the logger
+"compsrt".
 """
 
 from __future__ import annotations
@@ -72,10 +73,10 @@ class Replay(nn.Module):
             self._seen[key] = None
             if len(self._seen) > SEEN:
                 self._seen.popitem(last=False)
-            return self._said(f"first picture of {size}", x.device, function, x)
+            return said(f"first picture of {size}", x.device, function, x)
         while len(self._recordings) >= self.shapes:
             self._recordings.popitem(last=False)
-        recording = self._said(f"launches recorded for {size}", x.device, self._record, function, x)
+        recording = said(f"launches recorded for {size}", x.device, self._record, function, x)
         self._recordings[key] = recording
         return self._replayed(recording, x)
 
@@ -93,14 +94,14 @@ class Replay(nn.Module):
         self._pool = graph.pool()
         return Recording(graph, place, output)
 
-    @staticmethod
-    def _said(
-        what: str, device: torch.device, function: Callable[..., Any], *arguments: Any
-    ) -> Any:
-        began = time.perf_counter()
-        result = function(*arguments)
+
+def said(what: str, device: torch.device, function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments), and a line on stderr if it took the device more than a second."""
+    began = time.perf_counter()
+    result = function(*arguments)
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - began
-        if seconds > SAID:
-            _log.warning("%s on %s: %.1f s, once", what, device, seconds)
-        return result
+    seconds = time.perf_counter() - began
+    if seconds > SAID:
+        _log.warning("%s on %s: %.1f s, once", what, device, seconds)
+    return result

@@ -70,7 +70,7 @@ class _Operands(NamedTuple):
     """What a call makes of a FoldedBlock once for all windows, in the type it computes in."""
 
     folded: FoldedBlock  # with floating weights
-    enter: Tensor  # (3, C, C) and (3, 1, C), for inputs of q, k and v
+    enter: Tensor  # (C, 3 C) and (3 C,), for the inputs of q, k and v side by side
     enter_bias: Tensor
     turn: Tensor | None  # T, and what makes codes of probabilities, but for grids of each head
     token: Tensor | None
@@ -92,8 +92,8 @@ def _prepare(folded: FoldedBlock, dtype: torch.dtype) -> _Operands:
     enter = linears["enter"]
     return _Operands(
         folded._replace(**linears),
-        (enter.weight * inverse[..., None]).mT,
-        (enter.bias * inverse - zero)[:, None],
+        (enter.weight * inverse[..., None]).flatten(0, 1).mT,
+        (enter.bias * inverse - zero).flatten(),
         turn,
         token,
         scalars,
@@ -120,10 +120,10 @@ def _windows(x: Tensor, operands: _Operands, bias: Tensor) -> Tensor:
     count = len(x) // n
     _, scores, value_zero, attention, inverse, attention_zero = operands.scalars[:6]
     normed = F.layer_norm(x, (size,), eps=folded.eps[0])
-    codes = torch.baddbmm(operands.enter_bias, normed.expand(3, -1, -1), operands.enter)
+    codes = torch.addmm(operands.enter_bias, normed, operands.enter).unflatten(1, (3, size))
     of_heads = []
     for i, layer in enumerate((folded.query, folded.key, folded.value)):
-        tokens = _to_codes(codes[i], operands, SITES[i]).view(count, n, size)
+        tokens = _to_codes(codes[:, i], operands, SITES[i]).view(count, n, size)
         weight = layer.weight.expand(count, -1, -1)
         y = torch.baddbmm(layer.bias[:, None], weight, tokens.mT)
         y = y.view(count, heads, -1, n)
