@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .quantization import Quantizer, QuantSpec, WeightQuantizer, named_quantizers, observed
+from .quantization import QuantSpec
+from .quantizers import Quantizer, WeightQuantizer, named_quantizers, observed
 
 CHOICES = tuple(range(1, 9))
 ENTRIES = 1 << 17  # of a tensor that its errors are computed from

@@ -11,16 +11,8 @@ from . import kernels, models
 from .allocation import allocate
 from .kernels.reference import sort_rows
 from .pruning import prune
-from .quantization import (
-    CALIBRATIONS,
-    METHODS,
-    Quantizer,
-    QuantSpec,
-    WeightQuantizer,
-    named_quantizers,
-    observed,
-    quant_spec,
-)
+from .quantization import CALIBRATIONS, METHODS, QuantSpec
+from .quantizers import Quantizer, WeightQuantizer, named_quantizers, observed, quant_spec
 from .rounding import round_for_outputs
 from .transform_search import choose_transforms
 

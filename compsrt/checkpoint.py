@@ -44,10 +44,9 @@ from torch import Tensor, nn
 from . import models
 from .files import atomic_write
 from .kernels.packing import pack_mask, pack_parts, unpack_mask, unpack_parts
-from .quantization import (
-    STORAGE,
+from .quantization import STORAGE, QuantSpec
+from .quantizers import (
     Quantizer,
-    QuantSpec,
     WeightQuantizer,
     fine_sites,
     named_quantizers,

@@ -16,7 +16,8 @@ from .data import PatchSampler
 from .distillation import Distillation
 from .distributed import Ranks
 from .quant_training import QuantTraining
-from .quantization import METHODS, QuantSpec, compact_scales, round_to_storage
+from .quantization import METHODS, QuantSpec
+from .quantizers import compact_scales, round_to_storage
 from .trainer import Schedule, Trainer, Validation
 
 CALIBRATION_STEP = 1 << 40  # a step that no training reaches: its crops are the calibration set

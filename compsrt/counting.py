@@ -20,7 +20,8 @@ from . import models
 from .cli import format_table
 from .models import swinir
 from .models.sesr import SESR
-from .quantization import SCALARS, WeightQuantizer, named_quantizers, quant_spec, stored_as_float
+from .quantization import SCALARS
+from .quantizers import WeightQuantizer, named_quantizers, quant_spec, stored_as_float
 
 
 @dataclasses.dataclass(frozen=True)

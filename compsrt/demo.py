@@ -12,7 +12,7 @@ from torch import nn
 from . import inference
 from .data import Pair, load_pair
 from .images import Picture, imresize
-from .quantization import quant_spec
+from .quantizers import quant_spec
 
 WEIGHTS = Path(__file__).parent / "assets" / "swinir_nano_x2.safetensors"
 METHODS = ("dobi", "2dquant", "compsrt")

@@ -27,14 +27,8 @@ from torch import Tensor, nn
 
 from .float_training import AveragedTraining
 from .learned_rotation import LearnedRotation
-from .quantization import (
-    METHODS,
-    SCALARS,
-    Quantizer,
-    WeightQuantizer,
-    named_quantizers,
-    quant_spec,
-)
+from .quantization import METHODS, SCALARS
+from .quantizers import Quantizer, WeightQuantizer, named_quantizers, quant_spec
 
 # The least unit of a tensor that starts at or near zero, such as a bias.
 LEAST_UNIT = 0.01

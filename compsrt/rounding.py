@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .quantization import Quantizer, WeightQuantizer, named_quantizers, observed, round_to_storage
+from .quantizers import Quantizer, WeightQuantizer, named_quantizers, observed, round_to_storage
 
 ROWS = 16_384  # of an operand that are looked at: 30 for each column of the widest layer, 540
 RIDGE = 0.01  # added to H, in parts of its mean diagonal entry

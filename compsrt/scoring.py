@@ -18,7 +18,7 @@ from .counting import count
 from .data import Pair
 from .distributed import Ranks
 from .files import atomic_write
-from .quantization import quant_spec, quantizers
+from .quantizers import quant_spec, quantizers
 
 # Side of the LR crop that levels are counted on: its 36 windows fill every level that there is.
 LEVELS_CROP = 48

@@ -182,7 +182,7 @@ def run(
 
     from . import checkpoint, models, scoring, srp
     from .files import atomic_write
-    from .quantization import quant_spec
+    from .quantizers import quant_spec
 
     plan = plan_of(options, schedule)
     network: Any = None

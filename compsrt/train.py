@@ -260,7 +260,7 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
         options.weights = str(options.output / "srp" / "model.safetensors")
         options.method = options.method[1:]
     from compsrt import checkpoint, demo, models, scoring
-    from compsrt.quantization import quant_spec
+    from compsrt.quantizers import quant_spec
 
     grid = _grid(options)
     model: Any = checkpoint.load(options.weights, ranks.device)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from .models.quant_swinir import QuantSwinBlock
 from .models.swinir import SwinIR
-from .quantization import TRANSFORM_GROUPS, Quantizer, QuantSpec, WeightQuantizer, named_quantizers
+from .quantization import TRANSFORM_GROUPS, QuantSpec
+from .quantizers import Quantizer, WeightQuantizer, named_quantizers
 
 CANDIDATES = ("none", "hadamard", "block-hadamard", "dct")
 PICTURES = 4  # of the calibration set, that errors are measured on

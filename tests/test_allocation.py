@@ -13,7 +13,8 @@ from networks import tiny_swinir
 from compsrt.allocation import CHOICES, spend
 from compsrt.calibration import quantize
 from compsrt.checkpoint import count_levels, load, save_packed, size_report
-from compsrt.quantization import QuantSpec, WeightQuantizer, named_quantizers
+from compsrt.quantization import QuantSpec
+from compsrt.quantizers import WeightQuantizer, named_quantizers
 
 
 @given(

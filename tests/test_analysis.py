@@ -16,7 +16,8 @@ from compsrt.analysis import errors, measures, paired, tensors
 from compsrt.calibration import search_bounds
 from compsrt.models.quant_swinir import swap_blocks
 from compsrt.models.swinir import SwinIR, SwinIRConfig
-from compsrt.quantization import QuantSpec, named_quantizers
+from compsrt.quantization import QuantSpec
+from compsrt.quantizers import named_quantizers
 from compsrt.transforms import TRANSFORMS, transform_matrix
 
 

@@ -4,7 +4,8 @@ from networks import tiny_swinir
 
 import compsrt
 from compsrt.calibration import _looks_one_sided, search_bounds
-from compsrt.quantization import QuantSpec, quantizers
+from compsrt.quantization import QuantSpec
+from compsrt.quantizers import quantizers
 
 
 def test_minmax_and_percentile():

@@ -32,14 +32,8 @@ from compsrt.data import read_image, to_tensor
 from compsrt.models.quant_swinir import swap_blocks
 from compsrt.models.swinir import SwinIR, SwinIRConfig
 from compsrt.pruning import prune
-from compsrt.quantization import (
-    METHODS,
-    QuantSpec,
-    WeightQuantizer,
-    compact_scales,
-    named_quantizers,
-    stored_as_float,
-)
+from compsrt.quantization import METHODS, QuantSpec
+from compsrt.quantizers import WeightQuantizer, compact_scales, named_quantizers, stored_as_float
 from compsrt.transforms import TRANSFORMS
 
 TINY = SwinIRConfig(

@@ -6,7 +6,8 @@ import compsrt
 from compsrt.checkpoint import save_packed
 from compsrt.distillation import Distillation, _distance
 from compsrt.quant_training import StepAdam
-from compsrt.quantization import TRAINED_KINDS, QuantSpec, WeightQuantizer, round_to_storage
+from compsrt.quantization import TRAINED_KINDS, QuantSpec
+from compsrt.quantizers import WeightQuantizer, round_to_storage
 
 
 def student(method="compsrt", **fields):

@@ -20,7 +20,8 @@ from compsrt.exporting.sesr_graph import LARGEST_BIAS, _affine, graph_of
 from compsrt.exporting.tflite import _rounded, tflite_file
 from compsrt.images import to_tensor
 from compsrt.models.sesr import luma
-from compsrt.quantization import AffineQuantizer, QuantSpec
+from compsrt.quantization import QuantSpec
+from compsrt.quantizers import AffineQuantizer
 
 INT8 = QuantSpec(bits=8, method="dobi")
 SHAPES = ((2, "prelu", 24, 32), (2, "relu", 17, 23), (4, "prelu", 13, 21), (4, "relu", 16, 8))

@@ -16,7 +16,8 @@ from compsrt.checkpoint import save_packed
 from compsrt.distillation import Distillation
 from compsrt.learned_rotation import WHOLE, LearnedRotation, factors
 from compsrt.models.quant_swinir import _rotated
-from compsrt.quantization import QuantSpec, WeightQuantizer, named_quantizers, round_to_storage
+from compsrt.quantization import QuantSpec
+from compsrt.quantizers import WeightQuantizer, named_quantizers, round_to_storage
 
 
 def student(bits: int = 3, **fields):

@@ -6,7 +6,8 @@ from networks import tiny_swinir
 
 import compsrt
 from compsrt.pruning import magnitude_mask, prune
-from compsrt.quantization import QuantSpec, WeightQuantizer, named_quantizers
+from compsrt.quantization import QuantSpec
+from compsrt.quantizers import WeightQuantizer, named_quantizers
 
 
 @given(

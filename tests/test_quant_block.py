@@ -9,7 +9,8 @@ from shapes import DEVICES, triton_only
 
 import compsrt
 from compsrt.distillation import Distillation
-from compsrt.quantization import QuantSpec, named_quantizers
+from compsrt.quantization import QuantSpec
+from compsrt.quantizers import named_quantizers
 
 
 def block_of(spec: QuantSpec, number: int = 1, **changes):

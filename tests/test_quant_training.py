@@ -11,7 +11,8 @@ import compsrt
 from compsrt.checkpoint import save_packed
 from compsrt.models.sesr import SESR, SESRConfig, luma
 from compsrt.quant_training import QuantTraining
-from compsrt.quantization import QuantSpec, WeightQuantizer, quantizers, round_to_storage
+from compsrt.quantization import QuantSpec
+from compsrt.quantizers import WeightQuantizer, quantizers, round_to_storage
 
 CONFIG = SESRConfig(blocks=2, features=4)
 

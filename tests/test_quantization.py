@@ -11,13 +11,8 @@ import compsrt
 from compsrt import checkpoint, models, transforms
 from compsrt.calibration import calibrate
 from compsrt.models.quant_swinir import swap_blocks
-from compsrt.quantization import (
-    METHODS,
-    QuantSpec,
-    WeightQuantizer,
-    named_quantizers,
-    quantizers,
-)
+from compsrt.quantization import METHODS, QuantSpec
+from compsrt.quantizers import WeightQuantizer, named_quantizers, quantizers
 
 PAPER = {"one_sided": "never", "storage": "float32"}
 
@@ -241,7 +236,7 @@ def test_before_calibration_every_output_is_nan():
     method=st.sampled_from(["compsrt", "lsq+"]),
 )
 def test_projection_keeps_the_step_positive_whatever_happened(moved, bits, method):
-    from compsrt.quantization import Quantizer
+    from compsrt.quantizers import Quantizer
 
     q = Quantizer(bits, QuantSpec(bits=bits, method=method))
     q.set_bounds(torch.tensor(-1.0), torch.tensor(2.0))
@@ -255,7 +250,7 @@ def test_projection_keeps_the_step_positive_whatever_happened(moved, bits, metho
 
 
 def test_a_good_quantizer_is_not_moved_by_projection():
-    from compsrt.quantization import Quantizer
+    from compsrt.quantizers import Quantizer
 
     q = Quantizer(3, QuantSpec())
     q.set_bounds(torch.tensor(-1.0), torch.tensor(2.0))

@@ -7,7 +7,8 @@ from networks import tiny_sesr, tiny_swinir
 from compsrt import rounding
 from compsrt.calibration import quantize
 from compsrt.checkpoint import count_levels, load, save_packed
-from compsrt.quantization import ROUNDINGS, QuantSpec, WeightQuantizer, named_quantizers
+from compsrt.quantization import ROUNDINGS, QuantSpec
+from compsrt.quantizers import WeightQuantizer, named_quantizers
 
 
 def layer(bits=3, rows=6, columns=12, **fields):

@@ -27,7 +27,8 @@ from compsrt.models.sesr import (
     luma,
     training_macs,
 )
-from compsrt.quantization import QuantSpec, named_quantizers
+from compsrt.quantization import QuantSpec
+from compsrt.quantizers import named_quantizers
 
 TINY = SESRConfig(blocks=2, features=4)
 

@@ -11,7 +11,8 @@ from networks import tiny_sesr, tiny_swinir
 import compsrt
 from compsrt import transform_search
 from compsrt.checkpoint import save_packed
-from compsrt.quantization import TRANSFORM_GROUPS, QuantSpec, named_quantizers
+from compsrt.quantization import TRANSFORM_GROUPS, QuantSpec
+from compsrt.quantizers import named_quantizers
 from compsrt.transform_search import CANDIDATES, choose_transforms, group_of
 
 BLOCKS = [f"layers.0.residual_group.blocks.{i}" for i in range(2)]

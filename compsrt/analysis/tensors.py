@@ -23,12 +23,8 @@ from torch import Tensor, nn
 
 from compsrt import models
 from compsrt.models.swinir import SwinIR
-from compsrt.quantization import (
-    Quantizer,
-    QuantSpec,
-    WeightQuantizer,
-    named_quantizers,
-)
+from compsrt.quantization import QuantSpec
+from compsrt.quantizers import Quantizer, WeightQuantizer, named_quantizers
 from compsrt.transforms import next_power_of_two, transform_matrix
 
 VALUES = 200_000

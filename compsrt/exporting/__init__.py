@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..quantization import QuantSpec, quant_spec
+from ..quantization import QuantSpec
+from ..quantizers import quant_spec
 
 
 class End(NamedTuple):

@@ -21,7 +21,7 @@ import torch
 
 from ..models.quant_sesr import QuantConv2d, QuantSESRBody
 from ..models.sesr import SESR
-from ..quantization import AffineQuantizer
+from ..quantizers import AffineQuantizer
 from . import bits_of
 
 BITS = (8, 8)  # of weights and activations: the only integers that files of this kind have

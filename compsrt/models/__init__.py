@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..quantization import QuantSpec, quant_spec
+from ..quantization import QuantSpec
+from ..quantizers import quant_spec
 from . import edsr, sesr, swinir
 
 _FAMILIES: tuple[Any, ...] = (swinir, edsr, sesr)

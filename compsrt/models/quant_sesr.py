@@ -21,10 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..quantization import (
-    METHODS,
+from ..quantization import METHODS, QuantSpec
+from ..quantizers import (
     AffineQuantizer,
-    QuantSpec,
     SymmetricWeightQuantizer,
     named_quantizers,
     round_to_storage,

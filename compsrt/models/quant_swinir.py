@@ -37,10 +37,9 @@ from .. import kernels
 from ..kernels.reference.attention import attend, rotate
 from ..kernels.reference.linear import padded, project
 from ..learned_rotation import LearnedRotation
-from ..quantization import (
-    METHODS,
+from ..quantization import METHODS, QuantSpec
+from ..quantizers import (
     Quantizer,
-    QuantSpec,
     SymmetricWeightQuantizer,
     WeightQuantizer,
     named_quantizers,

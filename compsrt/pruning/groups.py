@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..models import sesr, swinir
-from ..quantization import quant_spec
+from ..quantizers import quant_spec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..quantization import WeightQuantizer, named_quantizers
+from ..quantizers import WeightQuantizer, named_quantizers
 
 
 def magnitude_mask(weight: Tensor, fraction: float, pattern: str = "unstructured") -> Tensor:
