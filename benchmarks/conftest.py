@@ -19,7 +19,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))  # for shapes.py, the one table of shapes
 
-ON_A_CPU = ("bench_model.py", "bench_sesr.py")
+ON_A_CPU = ("bench_model.py", "bench_published.py", "bench_sesr.py")
 IMPLEMENTATIONS = ["kernel", "eager", "compiled"]
 
 
