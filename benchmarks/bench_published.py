@@ -35,7 +35,8 @@ from bench_packed_model import SIZES, model_of, networks
 import compsrt
 from compsrt.models.quant_swinir import QuantSwinBlock
 from compsrt.models.swinir import SwinIR, mirror_to_multiple
-from compsrt.quantization import SCALARS, QuantSpec, named_quantizers, quantizers
+from compsrt.quantization import SCALARS, QuantSpec
+from compsrt.quantizers import named_quantizers, quantizers
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
