@@ -76,7 +76,7 @@ def test_what_is_scored_is_what_the_file_holds(material, capsys):
     from compsrt import data, inference, metrics
 
     _, report, _ = command(capsys, arguments(material, "--bits", "3"))
-    model = checkpoint.load(material / "out/compsrt-3bit/model.safetensors", arithmetic="reference")
+    model = checkpoint.load(material / "out/compsrt-3bit/model.safetensors")
     pairs = data.find_pairs(material / "set", 2)
     scores = []
     for pair in pairs:
@@ -169,6 +169,28 @@ def test_the_demo_runs_on_what_the_wheel_of_scikit_image_holds(capsys, tmp_path)
     assert not {pair.name for pair in demo.training_pairs()} & {p.name for p in demo.test_pairs()}
     if report.get("picture"):
         assert Path(report["picture"]).stat().st_size > 10_000
+
+
+def test_the_whole_demo_ends_with_the_rows_of_the_best_recipe():
+    grid = train._grid(train._parse([]))
+    assert [spec.method for _, spec in grid[:9]] == ["dobi"] * 3 + ["2dquant"] * 3 + ["compsrt"] * 3
+    assert not any(spec.average_bits or spec.train_weights for _, spec in grid[:9])
+    recipe = RECIPES[demo.RECIPE]
+    assert [spec.average_bits for _, spec in grid[9:]] == [*recipe.average_bits]
+    assert {options.weight_learning_rate for options, _ in grid[9:]} == {
+        recipe.weight_learning_rate
+    }
+    assert len({train._name(spec) for _, spec in grid}) == 12
+
+
+@pytest.mark.parametrize(
+    ("words", "average"), [([], 4.0), (["--bits", "4"], None), (["--average-bits", "2.5"], 2.5)]
+)
+def test_bits_given_by_hand_win_over_the_average_of_a_recipe(words, average):
+    argv = ["--recipe", "compsrt-best", "--weights", "a", "--train", "b", *words]
+    spec = train._specs(train._parse(argv))[0]
+    assert spec.average_bits == average
+    assert spec.rounding == "output" and spec.convolution_bits == 6
 
 
 # --- Bad input -------------------------------------------------------------------------------------
