@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     if not options.draw:
         _run_all(options)
         result = json.loads(options.result.read_text())
-    lines = table(result)
+    lines = f"{summary(result)}\n\n{table(result)}\n"
     atomic_write(options.result.with_suffix(".md"), lines.encode())
     print(lines)
     picture = draw(result, options.result.with_suffix(".png"))
@@ -281,6 +281,23 @@ def loss(run: dict[str, Any], of_float: dict[str, Any], tests: list[str]) -> flo
     return math.fsum(of_float["tests"][t]["psnr"] - run["tests"][t]["psnr"] for t in tests) / len(
         tests
     )
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Markdown: a line for each row, and under each number of bits its loss (dB, mean over the sets)."""
+    found = groups(result)
+    of_float, tests = found["float", 32][0], result["settings"]["tests"]
+    widths = sorted({bits for row, bits in found if row != "float"}, reverse=True)
+    lines = []
+    for row in dict.fromkeys(row for row, _ in found if row != "float"):
+        line: dict[str, Any] = {"row": row}
+        for bits in widths:
+            runs = found.get((row, bits), [])
+            losses = [loss(run, of_float, tests) for run in runs]
+            line[str(bits)] = f"{spread(losses, 3)} ({len(runs)})" if runs else None
+        lines.append(line)
+    shown = {"row": "loss in dB (seeds)", **{str(bits): f"{bits} bits" for bits in widths}}
+    return format_table(lines, shown, markdown=True)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -230,9 +230,12 @@ def _shared_prefixes(pairs: Iterable[tuple[str, int]]) -> list[list]:
 
 
 def _whole_names(runs: Iterable[Any]) -> list[tuple[str, int]]:
-    """The inverse of `_shared_prefixes`."""
-    return [
-        (prefix + name, bits)
-        for prefix, *rest in runs
-        for name, bits in zip(rest[::2], rest[1::2], strict=True)
-    ]
+    """The inverse of `_shared_prefixes`; ValueError for anything else."""
+    try:
+        return [
+            (prefix + name, bits)
+            for prefix, *rest in runs
+            for name, bits in zip(rest[::2], rest[1::2], strict=True)
+        ]
+    except (TypeError, ValueError):
+        raise ValueError("spec: site_bits is not [[prefix, name, bits, ...], ...]") from None

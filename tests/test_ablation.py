@@ -60,7 +60,7 @@ def test_runs_are_kept_and_not_repeated(tmp_path, monkeypatch, capsys):
     assert {run["bits_per_weight"] > run["bits"] for run in runs if run["row"] != "float"} == {True}
     lines = result.with_suffix(".md").read_text()
     assert "±" in lines
-    assert lines.count("\n") == 2 + 1 + 4 - 1
+    assert lines.count("\n") == (2 + 2) + 1 + (2 + 1 + 4)
     assert result.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(SystemExit):
         ablation.main([str(word) for word in [*words, 0, "--steps", 3]])

@@ -140,6 +140,16 @@ def test_what_format_1_cannot_say_is_format_2(spec, packed):
     assert QuantSpec.from_json(spec.to_json()) == spec
 
 
+def test_names_of_sites_are_stored_short():
+    names = [f"layers.0.blocks.{i}.{site}" for i in (0, 1) for site in ("q.weight", "query")]
+    spec = QuantSpec(site_bits=(*((name, 3) for name in names), ("*.fc1.*", 2)))
+    stored = spec.to_json()["site_bits"]
+    assert stored[0] == ["layers.0.blocks.0.", "q.weight", 3, "query", 3]
+    assert [run[0] for run in stored[1:]] == ["layers.0.blocks.1.", ""]
+    with pytest.raises(ValueError, match="site_bits is not"):
+        QuantSpec.from_json({**spec.to_json(), "site_bits": [["layers.0.q.weight", 3]]})
+
+
 def test_bits_of_sites_and_convolutions_are_what_the_file_takes(packed):
     """Two sites of a block in 2 bits, the others in 4; convolutions in 7: the codes are that long."""
     spec = QuantSpec(bits=4, convolution_bits=7, site_bits=(("*.fc?.weight", 2),))
