@@ -231,6 +231,11 @@ def fake_quantize(
 # --- Products of quantized operands --------------------------------------------------------------
 
 
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b. With few columns a head, as (b^T a^T)^T: on a CPU in half of the time or less."""
+    return (b.mT @ a.mT).mT if b.dim() > 2 and b.shape[-1] < b.shape[-2] else a @ b
+
+
 class _QuantMatmul(torch.autograd.Function):
     """fq(a T) @ fq(b): keeps only a and b and quantizes them again in the backward."""
 
@@ -242,7 +247,7 @@ class _QuantMatmul(torch.autograd.Function):
         ctx.save_for_backward(a, b, rotation, *scalars)
         ctx.settings = a_settings, b_settings
         if bias is None:
-            return left @ right
+            return _multiply(left, right)
         return torch.addmm(bias, left.flatten(0, -2), right).unflatten(0, left.shape[:-1])
 
     @staticmethod
@@ -268,7 +273,7 @@ class _QuantMatmul(torch.autograd.Function):
             if b.dim() == 2:  # a weight, shared by all leading axes of a
                 d_right = left.flatten(0, -2).mT @ grad.flatten(0, -2)
             else:
-                d_right = left.mT @ grad
+                d_right = _multiply(left.mT, grad)
             if b_settings is None:
                 d_b = d_right
             else:
