@@ -177,8 +177,11 @@ def input_codes(t, inputs_ptr, limits_ptr, i: tl.constexpr, C: tl.constexpr, COD
 def head_codes(x, layer, scalars, head, i: tl.constexpr, C: tl.constexpr, CODES):
     """The codes (M, WIDTH_HEAD) of a head's queries, keys or values from those of its inputs x."""
     first = head * C.d
-    bias = spread(layer.bias, x.shape[0], first, C.width_head, first + C.d)
-    y = multiply(x, layer, bias, first, first + C.d, 0, C.size, head, C.d)
+    M: tl.constexpr = x.shape[0]
+    WIDTH_HEAD: tl.constexpr = C.width_head
+    zeros = tl.zeros((M, WIDTH_HEAD), tl.float32)
+    y = multiply(x, layer, zeros, first, first + C.d, 0, C.size, head, C.d)
+    y += load_vector(layer.bias, first, C.width_head, first + C.d)
     low, high = head_range(scalars, head, i, C)
     return to_codes(y, low, high, tl.arange(0, C.width_head)[None, :] < C.d, CODES)
 
@@ -251,16 +254,20 @@ def mlp(x, middle, fc1, hidden, fc2, limits_ptr, C: tl.constexpr, TYPE, CODES, l
 
     The rotated hidden tokens are made WIDTH_HIDDEN channels at a time, all of fc1 for each.
     """
+    ROWS: tl.constexpr = C.rows
+    WIDTH_HIDDEN: tl.constexpr = C.width_hidden
     t = normalize(x, C.size, C.eps2).to(TYPE)
     t = linear(t, middle, C.size, C.width, C.size, 2 * later)
     codes = to_codes_of(t, limits_ptr, 4, C.size, CODES)
-    x += load_vector(fc2.bias, 0, C.width, C.size)
     for first in tl.range(0, C.hidden, C.width_hidden, num_stages=1, disable_licm=C.integer):
-        turned = spread(hidden.bias, C.rows, first, C.width_hidden, C.hidden)
+        turned = tl.zeros((ROWS, WIDTH_HIDDEN), tl.float32)
         for start in tl.range(0, C.hidden, C.chunk, num_stages=1, disable_licm=C.integer):
             h = spread(fc1.bias, C.rows, start, C.chunk, C.hidden)
             h = tiles.gelu(multiply(codes, fc1, h, start, C.hidden, 0, C.size)).to(TYPE)
-            turned = multiply(h, hidden, turned, first, C.hidden, start, C.hidden)
+            # Zeros and the biases afterwards: with sums that go on integers spill 400 bytes on sm_80.
+            zeros = tl.zeros((ROWS, WIDTH_HIDDEN), tl.float32)
+            turned += multiply(h, hidden, zeros, first, C.hidden, start, C.hidden)
+        turned += load_vector(hidden.bias, first, C.width_hidden, C.hidden)
         of_fc2 = to_codes_of(turned, limits_ptr, 5, C.hidden - first, CODES)
         x = multiply(of_fc2, fc2, x, 0, C.size, first, C.hidden)
-    return x
+    return x + load_vector(fc2.bias, 0, C.width, C.size)
