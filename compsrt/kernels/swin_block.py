@@ -18,8 +18,9 @@ E', P', a head's own, and A^ times T^T v^, since a rotated v^ has no codes.
 Registers are what is scarce: 255 of a thread, where four warps hold a window. So x is read again after
 the heads, addresses are computed again there (`later`), and sums begin with a bias where that helps.
 What the compilers then spill, in bytes of a thread: on sm_90 nothing, in floats of 16 bits up to 96
-channels, and in integers of SwinIR-light; these take 24 on sm_80 (about 90 if no weight is pruned) and
-48 on sm_100, where they are above the gate of `aot.py`. 128 channels spill 168 on sm_90.
+channels, and in integers of SwinIR-light; these take 16 to 24 on sm_80. Measured on slightly earlier
+forms of this kernel: integers with no weight pruned about 90 on sm_80; 48 on sm_100, above the gate of
+`aot.py`; 128 channels 168 on sm_90.
 
 Windows are counted in 32 bits. No gradients: for inference.
 """
