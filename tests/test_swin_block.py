@@ -18,7 +18,8 @@ from swin_blocks import Block, Kind, to
 
 import compsrt
 from compsrt import kernels
-from compsrt.kernels import reference, swin_block
+from compsrt.kernels import dispatch, reference, swin_block, swin_block_tiles
+from compsrt.kernels.dispatch import tl
 from compsrt.kernels.reference import FoldedBlock
 from compsrt.quantization import QuantSpec
 
@@ -118,6 +119,7 @@ KINDS = {
     "36": Kind(36, 4, 9, 72, shift=1, bits=6),
     "90": Kind(90, 3, 30, 180, weight_bits=8, head_transform="random"),
     "128": Kind(128, 4, 32, 256, shift=2, bits=8, weight_bits=2),
+    "36, an MLP of 4": Kind(36, 3, 12, 144, shift=2, bits=5, masked=True),
     "pruned heads": Kind(40, 2, 8, 50),
 }
 
@@ -168,6 +170,62 @@ def test_matrices_of_half_types(device, dtype, stored):
     assert error.norm() < limit
 
 
+@pytest.mark.skipif(not dispatch.INTERPRETED, reason="only the interpreter shows a kernel's codes")
+def test_codes_of_integers_are_the_reference_s(monkeypatch):
+    """Of a block of SwinIR-light: all but 1e-5 of them, and those are ties within rounding."""
+    block = Block(Kind(60, 6, 10, 120, 8, 0, "hadamard", masked=True))
+    x = block.tokens(1, 8, 16, seed=1).float()
+    found, wanted = [], []
+    of_kernel, module = swin_block_tiles.to_codes, reference.swin_block
+    of_reference = module._to_codes
+
+    def to_codes(t, low, high, inside, TYPE):
+        codes = of_kernel(t, low, high, inside, tl.float32)
+        found.append(torch.from_numpy(codes.handle.data.copy()))
+        return codes.to(TYPE)
+
+    def to_codes_of_reference(t, operands, site):
+        before = t.clone()
+        codes = of_reference(t, operands, site)
+        wanted.append((site, before, codes.clone()))
+        return codes
+
+    monkeypatch.setattr(swin_block_tiles, "to_codes", to_codes)
+    monkeypatch.setattr(module, "_to_codes", to_codes_of_reference)
+    folded = block.folded("integer")
+    y = run(x, folded)
+    expected = module.quant_swin_block(x.double(), block.folded("integer", torch.double))
+    assert relative(y, expected) < 1e-4
+    sites = {site: (t, codes) for site, t, codes in wanted}
+    different, all_codes = 0, 0
+    # As a program, which does one window, makes them; lanes beyond an axis hold 0.
+    per_window = iter(found)
+    for window in range(2):
+        tokens = slice(64 * window, 64 * window + 64)
+        whole = {site: next(per_window) for site in ("k", "v", "q")}
+        heads = []
+        for _ in range(6):
+            one = {site: next(per_window) for site in ("query", "key", "value")}
+            one["attention"] = torch.cat([next(per_window) for _ in range(4)], 1)
+            heads.append(one)
+        whole |= {site: next(per_window) for site in ("proj", "fc1", "fc2")}
+        for site, (t, codes) in sites.items():
+            t, codes = (t[window], codes[window]) if t.ndim == 4 else (t[tokens], codes[tokens])
+            if t.ndim == 3:
+                of_heads = torch.stack([one[site] for one in heads])
+                ours = of_heads if site == "attention" else of_heads.mT[:, :10]
+            else:
+                ours = whole[site][:, : t.shape[1]]
+            differs = ours.double() != codes
+            ties = (t - t.floor() - 0.5).abs() < 1e-4
+            assert not (differs & ~ties).any(), site
+            different += int(differs.sum())
+            all_codes += codes.numel()
+    assert next(per_window, None) is None
+    assert all_codes == 2 * 64 * (3 * 60 + 6 * (3 * 10 + 64) + 2 * 60 + 120)
+    assert different <= 1e-5 * all_codes
+
+
 @on_each_device
 def test_activations_beyond_half_types(device):
     """The residual stream may be larger than a float16 can hold."""
@@ -216,6 +274,23 @@ def test_which_path_runs(device, size, monkeypatch):
     monkeypatch.setenv("COMPSRT_KERNELS", "reference")
     kernels.quant_swin_block(x, folded)
     assert len(ran) == 1 + (size == 160)
+
+
+@pytest.mark.skipif(not dispatch.INTERPRETED, reason="a device has what it has")
+def test_a_block_too_large_for_a_device_falls_back(monkeypatch):
+    """What a launch needs is known when it is compiled; the interpreter compiles nothing."""
+    block = Block(Kind())
+    x, folded = block.tokens(1, 8, 8).float(), block.folded()
+
+    def too_large(*arguments, **options):
+        raise dispatch.triton.OutOfResources(98304, 65536, "shared memory")
+
+    kernel = type("Kernel", (), {"__getitem__": lambda self, grid: too_large})()
+    monkeypatch.setattr(swin_block, "_quant_swin_block_fwd_kernel", kernel)
+    monkeypatch.setenv("COMPSRT_KERNELS", "triton")
+    with pytest.warns(UserWarning, match="98304 bytes of shared memory for 12 channels are more"):
+        found = kernels.quant_swin_block(x, folded)
+    torch.testing.assert_close(found, reference.quant_swin_block(x, folded), rtol=0, atol=0)
 
 
 # --- Errors --------------------------------------------------------------------------------------

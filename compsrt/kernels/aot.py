@@ -1,8 +1,9 @@
 """``python -m compsrt.kernels.aot``: compile every kernel for named devices without having one.
 
-The `examples()` of an op file are calls of its host functions with the shapes of SwinIR-light. The
-launches they end in are caught before they reach a device and compiled instead, with the very
-arguments, block sizes and warps that a device would get. What the compilers say makes a table:
+The `examples()` of an op file are calls of its host functions with the shapes of SwinIR-light; a third
+entry names targets that one is not compiled for, and the op's file says why. The launches that they
+end in are caught before they reach a device and compiled instead, with the very arguments, block
+sizes and warps that a device would get. What the compilers say makes a table:
 
     registers   of a thread; on AMD vector registers, accumulators included
     spill       bytes of a thread that went to memory for want of registers
@@ -78,6 +79,7 @@ class Launch(NamedTuple):
     kernel: Any
     arguments: tuple
     options: dict
+    left_out: tuple[str, ...] = ()  # targets that it is not compiled for
 
 
 def launches(pattern: str = "*") -> Iterator[Launch]:
@@ -91,7 +93,7 @@ def launches(pattern: str = "*") -> Iterator[Launch]:
         caught.append((kernel, arguments, options))
 
     for op in OPS:
-        for label, call in importlib.import_module(f".{op}", __package__).examples():
+        for label, call, *left_out in importlib.import_module(f".{op}", __package__).examples():
             caught.clear()
             run, kernel_class.run = kernel_class.run, catch
             try:
@@ -101,7 +103,7 @@ def launches(pattern: str = "*") -> Iterator[Launch]:
             for kernel, arguments, options in caught:
                 name = f"{kernel.__name__.strip('_').removesuffix('_kernel')} {label}"
                 if fnmatch.fnmatchcase(name, pattern):
-                    yield Launch(name, kernel, arguments, options)
+                    yield Launch(name, kernel, arguments, options, *left_out)
 
 
 class _Device:
@@ -199,6 +201,7 @@ def compile_all(targets: Sequence[Target] = TARGETS, pattern: str = "*") -> list
         {"kernel": launch.name, "target": str(target), **compile_launch(launch, target)}
         for launch in launches(pattern)
         for target in targets
+        if str(target) not in launch.left_out
     ]
 
 

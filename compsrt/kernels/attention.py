@@ -37,7 +37,6 @@ rotated and quantized operands.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,7 +52,6 @@ from .reference.attention import attend, check_attention
 WINDOWS = (4, 8)  # with as many tokens as a tile can have
 LARGEST = 32  # entries of a head, rotated or not
 LARGEST_ROTATED = 16  # of a float32 one where anything is rotated
-APART = tl.constexpr(-100.0)  # added to the score of two tokens that the picture separates
 # Warps, rows and slices are those that spill (nearly) no register on any target of aot.py, and so
 # is the order of some lines below: the products in a loop share a layout, that of the last one.
 # The speed of none of this is measured yet.
@@ -70,38 +68,6 @@ PROGRAMS_BACKWARD = 2
 # --- Tiles ---------------------------------------------------------------------------------------
 # Those of q, k, v and out are (d, tokens): so every product has 16 or 32 rows. With 64 it would go
 # through the tensor memory of sm_100, which holds less than one window in float32 needs.
-
-
-class Tokens(NamedTuple):
-    """Where tokens are: batch, y and x in the picture, number in the batch, region of the window."""
-
-    batch: Any
-    y: Any
-    x: Any
-    number: Any
-    region: Any
-
-
-@triton.jit
-def _locate(token, window, height, width, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
-    """The Tokens with these numbers in a window. Two of them see each other in the same region.
-
-    Windows and tokens are counted in 32 bits, of which the host makes sure; offsets take 64.
-    """
-    down = height // WINDOW
-    across = width // WINDOW
-    batch = window // (down * across)
-    top = window // across % down
-    left = window % across
-    region = 2 * ((top == down - 1) & (token // WINDOW >= WINDOW - SHIFT)).to(tl.int32)
-    region += ((left == across - 1) & (token % WINDOW >= WINDOW - SHIFT)).to(tl.int32)
-    y = top * WINDOW + token // WINDOW
-    x = left * WINDOW + token % WINDOW
-    y += SHIFT
-    x += SHIFT
-    y = tl.where(y < height, y, y - height)
-    x = tl.where(x < width, x, x - width)
-    return Tokens(batch, y, x, (batch * height + y) * width + x, region)
 
 
 @triton.jit
@@ -195,7 +161,7 @@ def _probabilities(q, k, bias, region, other, SHIFT: tl.constexpr):
     """softmax(q^T k + bias + shift mask), (M, N) in float32; q: (d, M), k: (d, N), regions of both."""
     scores = tiles.dot(tl.trans(q), k, bias)
     if SHIFT > 0:
-        scores += tl.where(region[:, None] == other[None, :], 0.0, APART)
+        scores += tl.where(region[:, None] == other[None, :], 0.0, tiles.APART)
     return tiles.softmax(scores)
 
 
@@ -327,12 +293,12 @@ def _quant_window_attention_fwd_kernel(
     value = _quantizer(grids, 2, grid_row, BITS, CLAMPED)
     attention = _quantizer(grids, 3, grid_row, BITS, CLAMPED)
     for window in tl.range(first, windows, step, num_stages=1, disable_licm=True):
-        tokens = _locate(tl.arange(0, N), window, height, width, WINDOW, SHIFT)
+        tokens = tiles.locate(tl.arange(0, N), window, height, width, WINDOW, SHIFT)
         k = _rotate(_load_head(k_ptr, strides[1], tokens, head, SIZE, WIDTH), head_rotation)
         k = _quantize(k, key, ORDER, TYPE)
         v = _rotate(_load_head(v_ptr, strides[2], tokens, head, SIZE, WIDTH), value_rotation)
         v = _rotate_back(_quantize(v, value, VALUE_ORDER, TYPE), value_rotation)
-        rows = _locate(token, window, height, width, WINDOW, SHIFT)
+        rows = tiles.locate(token, window, height, width, WINDOW, SHIFT)
         q = _rotate(_load_head(q_ptr, strides[0], rows, head, SIZE, WIDTH), head_rotation) * scale
         q = _quantize(q, query, ORDER, TYPE)
         if ORDER > SIZE:
@@ -396,14 +362,14 @@ def _quant_window_attention_bwd_kernel(
     first = program // heads
     step = programs // heads
     for window in tl.range(first, windows, step, num_stages=1, disable_licm=True):
-        tokens = _locate(tl.arange(0, N), window, height, width, WINDOW, SHIFT)
+        tokens = tiles.locate(tl.arange(0, N), window, height, width, WINDOW, SHIFT)
         k = _rotate(_load_head(k_ptr, strides[2], tokens, head, SIZE, WIDTH), head_rotation)
         v = _rotate(_load_head(v_ptr, strides[3], tokens, head, SIZE, WIDTH), value_rotation)
         dk = tl.zeros((WIDTH, N), tl.float32)
         dv = tl.zeros((WIDTH, N), tl.float32)
         for row in tl.range(0, N, ROWS, num_stages=1, disable_licm=True):
             token = row + tl.arange(0, ROWS)
-            rows = _locate(token, window, height, width, WINDOW, SHIFT)
+            rows = tiles.locate(token, window, height, width, WINDOW, SHIFT)
             q = _load_head(q_ptr, strides[1], rows, head, SIZE, WIDTH)
             q = _rotate(q, head_rotation) * scale
             query = _quantizer(grids, 0, grid_row, BITS, CLAMPED)

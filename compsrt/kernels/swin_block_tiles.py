@@ -57,9 +57,15 @@ def load_matrix(ptr, n, k, stride, rows_end, columns_end):
 
 
 @triton.jit
+def spread(ptr, ROWS: tl.constexpr, first, COUNT: tl.constexpr, end):
+    """The same as `load_vector` in every row of (ROWS, COUNT): what a sum that has a bias starts with."""
+    return tl.zeros((ROWS, COUNT), tl.float32) + load_vector(ptr, first, COUNT, end)
+
+
+@triton.jit
 def times(a, b):
     """a b in float32, of a type that is not of integers."""
-    return tiles.dot(a, b, tl.zeros((a.shape[0], b.shape[1]), tl.float32))
+    return add_product(a, b, tl.zeros((a.shape[0], b.shape[1]), tl.float32))
 
 
 @triton.jit
@@ -75,10 +81,18 @@ def split(x):
 def add_product(a, b, total):
     """total + a b in float32. One of them may hold codes in bf16 where the other is float32.
 
-    Codes are exact in bf16, so that three products are as exact as float32, where `tiles.dot` takes
-    six.
+    Codes are exact in bf16, so that three products are as exact as float32, where two of float32
+    take six: as "bf16x6" of `tiles.dot`, but added to the total itself and in an order in which each
+    part of b is read for all products with it, for fewer registers at a time.
     """
-    if a.dtype == b.dtype:
+    if a.dtype == tl.float32 and b.dtype == tl.float32:
+        high, middle, low = split(a)
+        high_b, middle_b, low_b = split(b)
+        total = tiles.dot(high, low_b, total)
+        total = tiles.dot(high, middle_b, tiles.dot(middle, middle_b, total))
+        total = tiles.dot(middle, high_b, tiles.dot(low, high_b, total))
+        total = tiles.dot(high, high_b, total)
+    elif a.dtype == b.dtype:
         total = tiles.dot(a, b, total)
     elif a.dtype == tl.float32:
         high, middle, low = split(a)
@@ -97,20 +111,23 @@ def count(a, b):
 
 
 @triton.jit
-def multiply(x, layer, first, COUNT: tl.constexpr, end, first_in, IN: tl.constexpr, head, D):
-    """x (M, K) times columns first_in to first_in + K of rows first to first + COUNT, but none from
-    `end` on, of a FoldedLinear with IN columns: (M, COUNT) in float32, without its bias.
+def multiply(
+    x, layer, total, first, end, first_in, IN: tl.constexpr, head=0, D: tl.constexpr = 0, later=0
+):
+    """total (M, COUNT) plus x (M, K) times columns first_in to first_in + K of rows first to first +
+    COUNT, but none from `end` on, of a FoldedLinear with IN columns, without its bias.
 
-    head, D: which head the rows are and how many it has, where a head is rotated.
+    head, D: which head the rows are and how many it has, where a head is rotated. later: 0, see the
+    kernel.
     """
+    COUNT: tl.constexpr = total.shape[1]
     # What a loop moves is one pointer then, not those of all entries, which would not fit.
     at = first * IN + first_in
-    n = tl.arange(0, COUNT)[:, None]
+    n = later + tl.arange(0, COUNT)[:, None]
     k = tl.arange(0, x.shape[1])[None, :]
     weight = tl.trans(load_matrix(layer.weight + at, n, k, IN, end - first, IN - first_in))
-    M: tl.constexpr = x.shape[0]
     if layer.scale is None:
-        return add_product(x, weight, tl.zeros((M, COUNT), tl.float32))
+        return add_product(x, weight, total)
     else:
         if layer.mask is None:
             kept = tl.sum(x.to(tl.int32), 1)[:, None].to(tl.float32)
@@ -124,14 +141,14 @@ def multiply(x, layer, first, COUNT: tl.constexpr, end, first_in, IN: tl.constex
             row = tl.arange(0, COUNT)[:, None]
             column = tl.arange(0, COUNT)[None, :]
             y = times(y, load_matrix(layer.rotation + head * (D * D), row, column, D, D, D))
-        return y
+        return total + y
 
 
 @triton.jit
-def linear(x, layer, OUT: tl.constexpr, WIDTH_OUT: tl.constexpr, IN: tl.constexpr):
+def linear(x, layer, OUT: tl.constexpr, WIDTH_OUT: tl.constexpr, IN: tl.constexpr, later=0):
     """x (M, K) through a whole FoldedLinear of OUT rows: (M, WIDTH_OUT) in float32."""
-    y = multiply(x, layer, 0, WIDTH_OUT, OUT, 0, IN, 0, 0)
-    return y + load_vector(layer.bias, 0, WIDTH_OUT, OUT)
+    bias = spread(layer.bias, x.shape[0], 0, WIDTH_OUT, OUT)
+    return multiply(x, layer, bias, 0, OUT, 0, IN, later=later)
 
 
 @triton.jit
@@ -160,7 +177,10 @@ def input_codes(t, inputs_ptr, limits_ptr, i: tl.constexpr, C: tl.constexpr, COD
 def head_codes(x, layer, scalars, head, i: tl.constexpr, C: tl.constexpr, CODES):
     """The codes (M, WIDTH_HEAD) of a head's queries, keys or values from those of its inputs x."""
     first = head * C.d
-    y = multiply(x, layer, first, C.width_head, first + C.d, 0, C.size, head, C.d)
+    M: tl.constexpr = x.shape[0]
+    WIDTH_HEAD: tl.constexpr = C.width_head
+    zeros = tl.zeros((M, WIDTH_HEAD), tl.float32)
+    y = multiply(x, layer, zeros, first, first + C.d, 0, C.size, head, C.d)
     y += load_vector(layer.bias, first, C.width_head, first + C.d)
     low, high = head_range(scalars, head, i, C)
     return to_codes(y, low, high, tl.arange(0, C.width_head)[None, :] < C.d, CODES)
@@ -229,22 +249,25 @@ def attend(p, v, token_ptr, scalars, head, C: tl.constexpr, TYPE):
 
 
 @triton.jit
-def mlp(x, middle, fc1, hidden, fc2, limits_ptr, C: tl.constexpr, TYPE, CODES):
+def mlp(x, middle, fc1, hidden, fc2, limits_ptr, C: tl.constexpr, TYPE, CODES, later):
     """Tokens x (M, WIDTH) in float32 and what the MLP adds to them.
 
     The rotated hidden tokens are made WIDTH_HIDDEN channels at a time, all of fc1 for each.
     """
     ROWS: tl.constexpr = C.rows
     WIDTH_HIDDEN: tl.constexpr = C.width_hidden
-    t = linear(normalize(x, C.size, C.eps2).to(TYPE), middle, C.size, C.width, C.size)
+    t = normalize(x, C.size, C.eps2).to(TYPE)
+    t = linear(t, middle, C.size, C.width, C.size, 2 * later)
     codes = to_codes_of(t, limits_ptr, 4, C.size, CODES)
     for first in tl.range(0, C.hidden, C.width_hidden, num_stages=1, disable_licm=C.integer):
         turned = tl.zeros((ROWS, WIDTH_HIDDEN), tl.float32)
         for start in tl.range(0, C.hidden, C.chunk, num_stages=1, disable_licm=C.integer):
-            h = multiply(codes, fc1, start, C.chunk, C.hidden, 0, C.size, 0, 0)
-            h = tiles.gelu(h + load_vector(fc1.bias, start, C.chunk, C.hidden)).to(TYPE)
-            turned += multiply(h, hidden, first, C.width_hidden, C.hidden, start, C.hidden, 0, 0)
+            h = spread(fc1.bias, C.rows, start, C.chunk, C.hidden)
+            h = tiles.gelu(multiply(codes, fc1, h, start, C.hidden, 0, C.size)).to(TYPE)
+            # Zeros and the biases afterwards: with sums that go on integers spill 400 bytes on sm_80.
+            zeros = tl.zeros((ROWS, WIDTH_HIDDEN), tl.float32)
+            turned += multiply(h, hidden, zeros, first, C.hidden, start, C.hidden)
         turned += load_vector(hidden.bias, first, C.width_hidden, C.hidden)
         of_fc2 = to_codes_of(turned, limits_ptr, 5, C.hidden - first, CODES)
-        x += multiply(of_fc2, fc2, 0, C.width, C.size, first, C.hidden, 0, 0)
+        x = multiply(of_fc2, fc2, x, 0, C.size, first, C.hidden)
     return x + load_vector(fc2.bias, 0, C.width, C.size)

@@ -35,6 +35,43 @@ def dot(a, b, total):
     return tl.dot(a, b, total, input_precision=FLOAT32_PRODUCT)
 
 
+# --- Windows --------------------------------------------------------------------------------------
+
+APART = tl.constexpr(-100.0)  # added to the score of two tokens that the picture separates
+
+
+class Tokens(NamedTuple):
+    """Where tokens are: batch, y and x in the picture, number in the batch, region of the window."""
+
+    batch: Any
+    y: Any
+    x: Any
+    number: Any
+    region: Any
+
+
+@triton.jit
+def locate(token, window, height, width, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
+    """The Tokens with these numbers in a window. Two of them see each other in the same region.
+
+    Windows and tokens are counted in 32 bits, of which the host makes sure; offsets take 64.
+    """
+    down = height // WINDOW
+    across = width // WINDOW
+    batch = window // (down * across)
+    top = window // across % down
+    left = window % across
+    region = 2 * ((top == down - 1) & (token // WINDOW >= WINDOW - SHIFT)).to(tl.int32)
+    region += ((left == across - 1) & (token % WINDOW >= WINDOW - SHIFT)).to(tl.int32)
+    y = top * WINDOW + token // WINDOW
+    x = left * WINDOW + token % WINDOW
+    y += SHIFT
+    x += SHIFT
+    y = tl.where(y < height, y, y - height)
+    x = tl.where(x < width, x, x - width)
+    return Tokens(batch, y, x, (batch * height + y) * width + x, region)
+
+
 # --- Softmax -------------------------------------------------------------------------------------
 
 
