@@ -43,6 +43,21 @@ from torch import Tensor
 
 from ..transforms import next_power_of_two
 from . import reference, tiles
+from .attention_tiles import (
+    load_bias,
+    load_head,
+    load_rotation,
+    probabilities,
+    quantize,
+    quantize_backward,
+    quantize_rotated,
+    quantize_rotated_backward,
+    quantizer_of,
+    rotate,
+    rotate_back,
+    store_head,
+    times,
+)
 from .dispatch import on_device_of, processors, tl, triton, use_triton
 from .fake_quant import check_scalars, fake_quantize, give_back, sum_parts
 from .hadamard_fake_quant import hadamard_fake_quantize
@@ -63,179 +78,6 @@ ENTRIES = 8  # of the table whose gradients a program adds up
 PARTS = 8  # of theirs that it reads at a time
 PROGRAMS_FORWARD = 4  # for each processor: as many as have room at once
 PROGRAMS_BACKWARD = 2
-
-
-# --- Tiles ---------------------------------------------------------------------------------------
-# Those of q, k, v and out are (d, tokens): so every product has 16 or 32 rows. With 64 it would go
-# through the tensor memory of sm_100, which holds less than one window in float32 needs.
-
-
-@triton.jit
-def _load_head(ptr, strides, tokens, head, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """One head of some tokens, (WIDTH, M)."""
-    lane = tl.arange(0, WIDTH)[:, None]
-    token = tokens.batch.to(tl.int64) * strides[0] + tokens.y.to(tl.int64) * strides[1]
-    token += tokens.x.to(tl.int64) * strides[2]
-    return tl.load(ptr + token[None, :] + (head * SIZE + lane), mask=lane < SIZE, other=0.0)
-
-
-@triton.jit
-def _store_head(ptr, number, head, heads, x, SIZE: tl.constexpr):
-    """Write a tile x (WIDTH, M) as one head of the tokens with these numbers of a dense tensor."""
-    lane = tl.arange(0, x.shape[0])[:, None]
-    ptr += number.to(tl.int64)[None, :] * (heads * SIZE) + (head * SIZE + lane)
-    tl.store(ptr, x.to(ptr.dtype.element_ty), mask=lane < SIZE)
-
-
-@triton.jit
-def _load_bias(table_ptr, token, head, heads, WINDOW: tl.constexpr):
-    """The relative-position bias (M, N) of a head for some tokens and all others."""
-    other = tl.arange(0, WINDOW * WINDOW)[None, :]
-    token = token[:, None]
-    down = token // WINDOW - other // WINDOW + (WINDOW - 1)
-    across = token % WINDOW - other % WINDOW + (WINDOW - 1)
-    entry = down * (2 * WINDOW - 1) + across
-    return tl.load(table_ptr + entry * heads + head).to(tl.float32)
-
-
-@triton.jit
-def _load_rotation(
-    ptr, SIZE: tl.constexpr, ORDER: tl.constexpr, WIDTH: tl.constexpr, WIDTH_OUT: tl.constexpr, TYPE
-):
-    """A rotation (SIZE, ORDER) as a tile (WIDTH, WIDTH_OUT), if there is one."""
-    if ptr is None:
-        return None
-    else:
-        row = tl.arange(0, WIDTH)[:, None]
-        column = tl.arange(0, WIDTH_OUT)[None, :]
-        inside = (row < SIZE) & (column < ORDER)
-        return tl.load(ptr + row * ORDER + column, mask=inside, other=0.0).to(TYPE)
-
-
-@triton.jit
-def _load_columns(ptr, first, N: tl.constexpr, ORDER: tl.constexpr, SLICE: tl.constexpr, TYPE):
-    """Columns first to first + SLICE of the rotation of tokens (N, ORDER), as rows (SLICE, N)."""
-    column = first + tl.arange(0, SLICE)[:, None]
-    row = tl.arange(0, N)[None, :]
-    return tl.load(ptr + row * ORDER + column, mask=column < ORDER, other=0.0).to(TYPE)
-
-
-@triton.jit
-def _times(a, b):
-    """a b in float32; a: (M, K), b: (K, N), of one type."""
-    return tiles.dot(a, b, tl.zeros((a.shape[0], b.shape[1]), tl.float32))
-
-
-@triton.jit
-def _rotate(x, rotation):
-    """A tile x (d, M) times the rotation (d, n), if there is one: (n, M) in float32."""
-    if rotation is None:
-        return x.to(tl.float32)
-    else:
-        return _times(tl.trans(rotation), x)
-
-
-@triton.jit
-def _rotate_back(x, rotation):
-    """A tile x (n, M) times the rotation (d, n) transposed, if there is one: (d, M) in x's type."""
-    if rotation is None:
-        return x
-    else:
-        return _times(rotation, x).to(x.dtype)
-
-
-@triton.jit
-def _quantizer(grids, i: tl.constexpr, row, BITS: tl.constexpr, CLAMPED: tl.constexpr):
-    return tiles.load_quantizer(grids[i], row, BITS[i], CLAMPED[i])
-
-
-@triton.jit
-def _quantize(v, quantizer, ORDER: tl.constexpr, TYPE):
-    """v_hat of a tile v (n, M): zero beyond ORDER, which that of a padding zero is not."""
-    lane = tl.arange(0, v.shape[0])[:, None]
-    return tl.where(lane < ORDER, tiles.fake_quantize(v, quantizer), 0.0).to(TYPE)
-
-
-@triton.jit
-def _probabilities(q, k, bias, region, other, SHIFT: tl.constexpr):
-    """softmax(q^T k + bias + shift mask), (M, N) in float32; q: (d, M), k: (d, N), regions of both."""
-    scores = tiles.dot(tl.trans(q), k, bias)
-    if SHIFT > 0:
-        scores += tl.where(region[:, None] == other[None, :], 0.0, tiles.APART)
-    return tiles.softmax(scores)
-
-
-@triton.jit
-def _add_sums(totals, scale, low, high, GRID: tl.constexpr):
-    """Totals (16,) of four grids, three each, with those of the three (M,) of one grid added.
-
-    As one tile they take one reduction across warps, and in one vector the least registers.
-    """
-    row = tl.arange(0, 16)[:, None] - 3 * GRID
-    sums = tl.where(row == 1, low[None, :], tl.where(row == 2, high[None, :], 0.0))
-    return totals + tl.sum(tl.where(row == 0, scale[None, :], sums), 1)
-
-
-@triton.jit
-def _quantize_backward(g, v, quantizer, totals, GRID: tl.constexpr, AXIS: tl.constexpr):
-    """The gradient of a tile v from that of v_hat, and the totals with its sums added."""
-    dv, scale, low, high = tiles.fake_quantize_backward(g, v, quantizer)
-    sums = tl.sum(scale, AXIS), tl.sum(low, AXIS), tl.sum(high, AXIS)
-    return dv, _add_sums(totals, sums[0], sums[1], sums[2], GRID)
-
-
-@triton.jit
-def _quantize_rotated(p, rotation_ptr, quantizer, ORDER: tl.constexpr, SLICE: tl.constexpr, TYPE):
-    """fq(p T) T^T of a tile p (M, N), SLICE of the coefficients at a time.
-
-    Where a column of T is padding, so is the coefficient's way back: zero, whatever fq(0) is.
-    """
-    if rotation_ptr is None:
-        return tiles.fake_quantize(p, quantizer).to(TYPE)
-    else:
-        p_hat = tl.zeros(p.shape, tl.float32)
-        for first in tl.range(0, ORDER, SLICE, num_stages=1, disable_licm=True):
-            columns = _load_columns(rotation_ptr, first, p.shape[1], ORDER, SLICE, TYPE)
-            a = _times(columns, tl.trans(p.to(TYPE)))
-            a = tiles.fake_quantize(a, quantizer).to(TYPE)
-            p_hat = tiles.dot(tl.trans(a), columns, p_hat)
-        return p_hat.to(TYPE)
-
-
-@triton.jit
-def _quantize_rotated_backward(
-    g,
-    p,
-    rotation_ptr,
-    quantizer,
-    totals,
-    GRID: tl.constexpr,
-    ORDER: tl.constexpr,
-    SLICE: tl.constexpr,
-    TYPE,
-):
-    """What `_quantize_rotated` returned, the gradient of p from that of it, and the totals."""
-    if rotation_ptr is None:
-        dp, totals = _quantize_backward(g, p, quantizer, totals, GRID, 1)
-        return tiles.fake_quantize(p, quantizer).to(TYPE), dp, totals
-    else:
-        p_hat = tl.zeros(p.shape, tl.float32)
-        dp = tl.zeros(p.shape, tl.float32)
-        for_scale = tl.zeros((p.shape[0],), tl.float32)
-        for_low = tl.zeros((p.shape[0],), tl.float32)
-        for_high = tl.zeros((p.shape[0],), tl.float32)
-        for first in tl.range(0, ORDER, SLICE, num_stages=1, disable_licm=True):
-            columns = _load_columns(rotation_ptr, first, p.shape[1], ORDER, SLICE, TYPE)
-            a = _times(columns, tl.trans(p.to(TYPE)))
-            da = _times(columns, tl.trans(g.to(TYPE)))
-            da, scale, low, high = tiles.fake_quantize_backward(da, a, quantizer)
-            for_scale += tl.sum(scale, 0)
-            for_low += tl.sum(low, 0)
-            for_high += tl.sum(high, 0)
-            a = tiles.fake_quantize(a, quantizer).to(TYPE)
-            p_hat = tiles.dot(tl.trans(a), columns, p_hat)
-            dp = tiles.dot(tl.trans(da.to(TYPE)), columns, dp)
-        return p_hat.to(TYPE), dp, _add_sums(totals, for_scale, for_low, for_high, GRID)
 
 
 # --- Kernels -------------------------------------------------------------------------------------
@@ -285,28 +127,28 @@ def _quant_window_attention_fwd_kernel(
     token = program // heads % (N // ROWS) * ROWS + tl.arange(0, ROWS)
     first = program // heads // (N // ROWS)
     step = tl.num_programs(0) // heads // (N // ROWS)
-    bias = _load_bias(table_ptr, token, head, heads, WINDOW)
-    head_rotation = _load_rotation(rotations[0], SIZE, ORDER, WIDTH, WIDTHS[1], TYPE)
-    value_rotation = _load_rotation(rotations[1], SIZE, VALUE_ORDER, WIDTH, WIDTHS[2], TYPE)
-    query = _quantizer(grids, 0, grid_row, BITS, CLAMPED)
-    key = _quantizer(grids, 1, grid_row, BITS, CLAMPED)
-    value = _quantizer(grids, 2, grid_row, BITS, CLAMPED)
-    attention = _quantizer(grids, 3, grid_row, BITS, CLAMPED)
+    bias = load_bias(table_ptr, token, head, heads, WINDOW)
+    head_rotation = load_rotation(rotations[0], SIZE, ORDER, WIDTH, WIDTHS[1], TYPE)
+    value_rotation = load_rotation(rotations[1], SIZE, VALUE_ORDER, WIDTH, WIDTHS[2], TYPE)
+    query = quantizer_of(grids, 0, grid_row, BITS, CLAMPED)
+    key = quantizer_of(grids, 1, grid_row, BITS, CLAMPED)
+    value = quantizer_of(grids, 2, grid_row, BITS, CLAMPED)
+    attention = quantizer_of(grids, 3, grid_row, BITS, CLAMPED)
     for window in tl.range(first, windows, step, num_stages=1, disable_licm=True):
         tokens = tiles.locate(tl.arange(0, N), window, height, width, WINDOW, SHIFT)
-        k = _rotate(_load_head(k_ptr, strides[1], tokens, head, SIZE, WIDTH), head_rotation)
-        k = _quantize(k, key, ORDER, TYPE)
-        v = _rotate(_load_head(v_ptr, strides[2], tokens, head, SIZE, WIDTH), value_rotation)
-        v = _rotate_back(_quantize(v, value, VALUE_ORDER, TYPE), value_rotation)
+        k = rotate(load_head(k_ptr, strides[1], tokens, head, SIZE, WIDTH), head_rotation)
+        k = quantize(k, key, ORDER, TYPE)
+        v = rotate(load_head(v_ptr, strides[2], tokens, head, SIZE, WIDTH), value_rotation)
+        v = rotate_back(quantize(v, value, VALUE_ORDER, TYPE), value_rotation)
         rows = tiles.locate(token, window, height, width, WINDOW, SHIFT)
-        q = _rotate(_load_head(q_ptr, strides[0], rows, head, SIZE, WIDTH), head_rotation) * scale
-        q = _quantize(q, query, ORDER, TYPE)
+        q = rotate(load_head(q_ptr, strides[0], rows, head, SIZE, WIDTH), head_rotation) * scale
+        q = quantize(q, query, ORDER, TYPE)
         if ORDER > SIZE:
-            q = _rotate_back(q, head_rotation)
-            k = _rotate_back(k, head_rotation)
-        p = _probabilities(q, k, bias, rows.region, tokens.region, SHIFT)
-        p = _quantize_rotated(p, rotations[2], attention, TOKEN_ORDER, SLICE, TYPE)
-        _store_head(out_ptr, rows.number, head, heads, _times(v, tl.trans(p)), SIZE)
+            q = rotate_back(q, head_rotation)
+            k = rotate_back(k, head_rotation)
+        p = probabilities(q, k, bias, rows.region, tokens.region, SHIFT)
+        p = quantize_rotated(p, rotations[2], attention, TOKEN_ORDER, SLICE, TYPE)
+        store_head(out_ptr, rows.number, head, heads, times(v, tl.trans(p)), SIZE)
 
 
 @triton.jit
@@ -356,40 +198,40 @@ def _quant_window_attention_bwd_kernel(
     programs = tl.num_programs(0)
     head = program % heads
     grid_row = head if PER_HEAD else 0
-    head_rotation = _load_rotation(rotations[0], SIZE, ORDER, WIDTH, WIDTHS[1], TYPE)
-    value_rotation = _load_rotation(rotations[1], SIZE, VALUE_ORDER, WIDTH, WIDTHS[2], TYPE)
+    head_rotation = load_rotation(rotations[0], SIZE, ORDER, WIDTH, WIDTHS[1], TYPE)
+    value_rotation = load_rotation(rotations[1], SIZE, VALUE_ORDER, WIDTH, WIDTHS[2], TYPE)
     totals = tl.zeros((16,), tl.float32)
     first = program // heads
     step = programs // heads
     for window in tl.range(first, windows, step, num_stages=1, disable_licm=True):
         tokens = tiles.locate(tl.arange(0, N), window, height, width, WINDOW, SHIFT)
-        k = _rotate(_load_head(k_ptr, strides[2], tokens, head, SIZE, WIDTH), head_rotation)
-        v = _rotate(_load_head(v_ptr, strides[3], tokens, head, SIZE, WIDTH), value_rotation)
+        k = rotate(load_head(k_ptr, strides[2], tokens, head, SIZE, WIDTH), head_rotation)
+        v = rotate(load_head(v_ptr, strides[3], tokens, head, SIZE, WIDTH), value_rotation)
         dk = tl.zeros((WIDTH, N), tl.float32)
         dv = tl.zeros((WIDTH, N), tl.float32)
         for row in tl.range(0, N, ROWS, num_stages=1, disable_licm=True):
             token = row + tl.arange(0, ROWS)
             rows = tiles.locate(token, window, height, width, WINDOW, SHIFT)
-            q = _load_head(q_ptr, strides[1], rows, head, SIZE, WIDTH)
-            q = _rotate(q, head_rotation) * scale
-            query = _quantizer(grids, 0, grid_row, BITS, CLAMPED)
-            q_hat = _quantize(q, query, ORDER, TYPE)
-            key = _quantizer(grids, 1, grid_row, BITS, CLAMPED)
-            k_hat = _quantize(k, key, ORDER, TYPE)
+            q = load_head(q_ptr, strides[1], rows, head, SIZE, WIDTH)
+            q = rotate(q, head_rotation) * scale
+            query = quantizer_of(grids, 0, grid_row, BITS, CLAMPED)
+            q_hat = quantize(q, query, ORDER, TYPE)
+            key = quantizer_of(grids, 1, grid_row, BITS, CLAMPED)
+            k_hat = quantize(k, key, ORDER, TYPE)
             if ORDER > SIZE:
-                q_hat = _rotate_back(q_hat, head_rotation)
-                k_hat = _rotate_back(k_hat, head_rotation)
-            bias = _load_bias(table_ptr, token, head, heads, WINDOW)
-            p = _probabilities(q_hat, k_hat, bias, rows.region, tokens.region, SHIFT)
-            value = _quantizer(grids, 2, grid_row, BITS, CLAMPED)
-            v_hat = _rotate_back(_quantize(v, value, VALUE_ORDER, TYPE), value_rotation)
-            grad = _load_head(grad_ptr, strides[0], rows, head, SIZE, WIDTH)
-            dp = _times(tl.trans(grad), v_hat)
-            attention = _quantizer(grids, 3, grid_row, BITS, CLAMPED)
-            p_hat, dp, totals = _quantize_rotated_backward(
+                q_hat = rotate_back(q_hat, head_rotation)
+                k_hat = rotate_back(k_hat, head_rotation)
+            bias = load_bias(table_ptr, token, head, heads, WINDOW)
+            p = probabilities(q_hat, k_hat, bias, rows.region, tokens.region, SHIFT)
+            value = quantizer_of(grids, 2, grid_row, BITS, CLAMPED)
+            v_hat = rotate_back(quantize(v, value, VALUE_ORDER, TYPE), value_rotation)
+            grad = load_head(grad_ptr, strides[0], rows, head, SIZE, WIDTH)
+            dp = times(tl.trans(grad), v_hat)
+            attention = quantizer_of(grids, 3, grid_row, BITS, CLAMPED)
+            p_hat, dp, totals = quantize_rotated_backward(
                 dp, p, rotations[2], attention, totals, 3, TOKEN_ORDER, SLICE, TYPE
             )
-            grad = _load_head(grad_ptr, strides[0], rows, head, SIZE, WIDTH)
+            grad = load_head(grad_ptr, strides[0], rows, head, SIZE, WIDTH)
             dv = tiles.dot(grad, p_hat, dv)
             ds = tiles.softmax_backward(dp, p)
             if table_parts_ptr is not None:
@@ -397,29 +239,29 @@ def _quant_window_attention_bwd_kernel(
                 to += token[:, None] * N + tl.arange(0, N)[None, :]
                 tl.store(to, ds + tl.load(to, mask=window != first, other=0.0))
             ds = ds.to(TYPE)
-            key = _quantizer(grids, 1, grid_row, BITS, CLAMPED)
-            k_hat = _quantize(k, key, ORDER, TYPE)
+            key = quantizer_of(grids, 1, grid_row, BITS, CLAMPED)
+            k_hat = quantize(k, key, ORDER, TYPE)
             if ORDER > SIZE:
-                k_hat = _rotate_back(k_hat, head_rotation)
-            dq = _times(k_hat, tl.trans(ds))
+                k_hat = rotate_back(k_hat, head_rotation)
+            dq = times(k_hat, tl.trans(ds))
             if ORDER > SIZE:
-                dq = _rotate(dq.to(TYPE), head_rotation)
-            query = _quantizer(grids, 0, grid_row, BITS, CLAMPED)
-            dq, totals = _quantize_backward(dq, q, query, totals, 0, 0)
-            dq = _rotate_back((dq * scale).to(TYPE), head_rotation)
-            _store_head(dq_ptr, rows.number, head, heads, dq, SIZE)
+                dq = rotate(dq.to(TYPE), head_rotation)
+            query = quantizer_of(grids, 0, grid_row, BITS, CLAMPED)
+            dq, totals = quantize_backward(dq, q, query, totals, 0, 0)
+            dq = rotate_back((dq * scale).to(TYPE), head_rotation)
+            store_head(dq_ptr, rows.number, head, heads, dq, SIZE)
             dk = tiles.dot(q_hat, ds, dk)  # last: its layout is the one that spills least
         if ORDER > SIZE:
-            dk = _rotate(dk.to(TYPE), head_rotation)
-        key = _quantizer(grids, 1, grid_row, BITS, CLAMPED)
-        dk, totals = _quantize_backward(dk, k, key, totals, 1, 0)
-        dk = _rotate_back(dk.to(TYPE), head_rotation)
-        _store_head(dk_ptr, tokens.number, head, heads, dk, SIZE)
-        dv = _rotate(dv.to(TYPE), value_rotation)
-        value = _quantizer(grids, 2, grid_row, BITS, CLAMPED)
-        dv, totals = _quantize_backward(dv, v, value, totals, 2, 0)
-        dv = _rotate_back(dv.to(TYPE), value_rotation)
-        _store_head(dv_ptr, tokens.number, head, heads, dv, SIZE)
+            dk = rotate(dk.to(TYPE), head_rotation)
+        key = quantizer_of(grids, 1, grid_row, BITS, CLAMPED)
+        dk, totals = quantize_backward(dk, k, key, totals, 1, 0)
+        dk = rotate_back(dk.to(TYPE), head_rotation)
+        store_head(dk_ptr, tokens.number, head, heads, dk, SIZE)
+        dv = rotate(dv.to(TYPE), value_rotation)
+        value = quantizer_of(grids, 2, grid_row, BITS, CLAMPED)
+        dv, totals = quantize_backward(dv, v, value, totals, 2, 0)
+        dv = rotate_back(dv.to(TYPE), value_rotation)
+        store_head(dv_ptr, tokens.number, head, heads, dv, SIZE)
         tl.debug_barrier()  # what one thread wrote to table_parts another may read
     row = tl.arange(0, 16)
     if PER_HEAD:
