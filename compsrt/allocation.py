@@ -86,7 +86,7 @@ def allocate(model: nn.Module, spec: QuantSpec, pictures: Tensor) -> QuantSpec:
     budgets = (
         (weights, spec.average_bits),
         (activations, spec.average_bits),
-        (others, spec.convolution_bits),
+        (others, spec.convolution_bits or 0),  # with none there are no others
     )
     some = pictures[: max(1, PIXELS // pictures[0, 0].numel())]
     errors, sizes = _errors(model, sites, {**weights, **activations, **others}, some)

@@ -231,13 +231,13 @@ def fake_quantize(
 # --- Products of quantized operands --------------------------------------------------------------
 
 
-def _multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b. With few columns a head, as (b^T a^T)^T: on a CPU in half of the time or less."""
-    return (b.mT @ a.mT).mT if b.dim() > 2 and b.shape[-1] < b.shape[-2] else a @ b
+def _narrow(b: Tensor) -> bool:
+    """Whether a @ b is taken as (b^T a^T)^T: of many small products on a CPU in half of the time."""
+    return b.dim() > 2 and b.shape[-1] < b.shape[-2]
 
 
 class _QuantMatmul(torch.autograd.Function):
-    """fq(a T) @ fq(b): keeps only a and b and quantizes them again in the backward."""
+    """fq(a T) @ fq(b), transposed if `_narrow(b)`; keeps only a and b, and quantizes again in the backward."""
 
     @staticmethod
     def forward(ctx, a, b, bias, rotation, a_settings, b_settings, *scalars):
@@ -247,13 +247,14 @@ class _QuantMatmul(torch.autograd.Function):
         ctx.save_for_backward(a, b, rotation, *scalars)
         ctx.settings = a_settings, b_settings
         if bias is None:
-            return _multiply(left, right)
+            return right.mT @ left.mT if _narrow(b) else left @ right
         return torch.addmm(bias, left.flatten(0, -2), right).unflatten(0, left.shape[:-1])
 
     @staticmethod
     def backward(ctx, grad):
         a, b, rotation, *scalars = ctx.saved_tensors
         a_settings, b_settings = ctx.settings
+        grad = grad.mT if _narrow(b) else grad
         a_scalars, b_scalars = tuple(scalars[:4]), tuple(scalars[4:])
         need_a = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[6:10])
         need_b = ctx.needs_input_grad[1] or any(ctx.needs_input_grad[10:])
@@ -273,7 +274,7 @@ class _QuantMatmul(torch.autograd.Function):
             if b.dim() == 2:  # a weight, shared by all leading axes of a
                 d_right = left.flatten(0, -2).mT @ grad.flatten(0, -2)
             else:
-                d_right = _multiply(left.mT, grad)
+                d_right = (grad.mT @ left).mT if _narrow(grad) else left.mT @ grad
             if b_settings is None:
                 d_b = d_right
             else:
@@ -317,7 +318,8 @@ def quant_matmul(
         check_quantizer(b_grid.bits, b_grid.codes)
     scalars = (*a_grid[:4], *(() if b_grid is None else b_grid[:4]))
     settings = a_grid[4:], None if b_grid is None else b_grid[4:]
-    return _QuantMatmul.apply(a, b, bias, rotation, *settings, *scalars)
+    product = _QuantMatmul.apply(a, b, bias, rotation, *settings, *scalars)
+    return product.mT if _narrow(b) else product
 
 
 # --- DOBI ----------------------------------------------------------------------------------------
