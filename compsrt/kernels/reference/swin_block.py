@@ -26,11 +26,12 @@ codes of an input, c of a weight, m its mask (c is 0 where m is) and out channel
 whose products are whole numbers; a head's rotation then follows as a product of its own.
 
 On a CPU the windows go through the block some at a time, so that what lies between two products
-stays in the cache; windows that need the same mask go together.
+stays in the cache; windows that need the same mask lie together.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -40,9 +41,9 @@ from torch import Tensor
 from .folding import HEAD_SITES, SITES, FoldedBlock, FoldedLinear
 from .windows import kinds_of_windows, relative_bias, shift_mask, window_order
 
-# Of the scores on a CPU that are held at a time, for each thread. Of 2^16 to 2^22 this and 2^20 were
+# Of the scores on a CPU that are held at a time, for each thread. Of 2^16 to 2^22 this and 2^19 were
 # fastest (60 channels, 6 heads, 96 x 160 tokens; one thread of a busy AMD EPYC with 1 MiB of L2).
-SCORES_AT_ONCE = 2**19
+SCORES_AT_ONCE = 2**20
 
 
 def check_block(x: Tensor, folded: FoldedBlock) -> None:
@@ -109,8 +110,9 @@ def _to_codes(t: Tensor, operands: _Operands, site: str) -> Tensor:
     return t.round_().clamp_(*operands.folded.ranges[SITES.index(site)])
 
 
-def _windows(x: Tensor, operands: _Operands, bias: Tensor) -> Tensor:
-    """The block on the tokens of whole windows, (windows * N, C); bias (heads, N, N) of scores.
+def _windows(x: Tensor, operands: _Operands, biases: list[tuple[slice, Tensor]]) -> Tensor:
+    """The block on the tokens of whole windows, (windows * N, C); biases: of scores, (heads, N, N),
+    each with the windows that it is for.
 
     q, k, v and what attention makes of them are (windows, heads, d, N): a product of a window's
     tokens with a weight gives them so, and no head is ever copied.
@@ -131,7 +133,9 @@ def _windows(x: Tensor, operands: _Operands, bias: Tensor) -> Tensor:
     q, k, v = of_heads
     q = q.mul_(scores).add_(operands.score_shift)
     p = torch.bmm(q.flatten(0, 1).mT, k.flatten(0, 1)).view(count, heads, n, n)
-    p = p.add_(bias).softmax(-1)
+    for some, bias in biases:
+        p[some].add_(bias)
+    p = p.softmax(-1)
     v = v.add_(value_zero).mul_(attention)
     if operands.token is None:
         p = p.mul_(inverse).sub_(attention_zero)
@@ -173,14 +177,20 @@ def quant_swin_block(x: Tensor, folded: FoldedBlock) -> Tensor:
     biases = [bias]
     if shift:  # of the four kinds of windows
         biases = bias + shift_mask(2 * window, 2 * window, window, shift, x.device, dtype)[:, None]
-    most = len(order)
+    total = len(order) // n
+    most = total
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         most = max(1, SCORES_AT_ONCE * torch.get_num_threads() // (folded.heads * n * n))
-    start = 0
-    for kind, count in enumerate(counts):
-        for first in range(start, start + count, most):
-            rows = order[first * n : min(first + most, start + count) * n]
-            done = _windows(tokens.index_select(0, rows).to(dtype), operands, biases[kind])
-            out.index_copy_(0, rows, done.to(x.dtype))
-        start += count
+    most = -(-total // -(-total // most)) if total else 1  # as even as can be
+    ends = list(itertools.accumulate(counts))
+    for first in range(0, total, most):
+        last = min(first + most, total)
+        inside = [
+            (slice(max(end - count, first) - first, min(end, last) - first), bias)
+            for end, count, bias in zip(ends, counts, biases, strict=False)
+            if end > first and end - count < last
+        ]
+        rows = order[first * n : last * n]
+        done = _windows(tokens.index_select(0, rows).to(dtype), operands, inside)
+        out.index_copy_(0, rows, done.to(x.dtype))
     return out.view(x.shape)
