@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .quantization import QuantSpec
-from .quantizers import Quantizer, WeightQuantizer, named_quantizers, observed
+from .quantizers import Quantizer, WeightQuantizer, looks_one_sided, named_quantizers, observed
 
 CHOICES = tuple(range(1, 9))
 ENTRIES = 1 << 17  # of a tensor that its errors are computed from
@@ -77,19 +77,20 @@ def allocate(model: nn.Module, spec: QuantSpec, pictures: Tensor) -> QuantSpec:
     """
     assert spec.average_bits is not None
     sites = dict(named_quantizers(model))
-    weights = {n: s for n, s in sites.items() if isinstance(s, WeightQuantizer) and s.prunable}
+    every = {n: s for n, s in sites.items() if isinstance(s, WeightQuantizer)}
+    weights = {n: s for n, s in every.items() if s.prunable}
     activations = {n: s for n, s in sites.items() if s.products}
-    others = {
-        n: s for n, s in sites.items()
-        if spec.convolution_bits and isinstance(s, WeightQuantizer) and not s.prunable
-    }  # fmt: skip
-    budgets = (
+    budgets: list[tuple[dict[str, Any], float]] = [
         (weights, spec.average_bits),
         (activations, spec.average_bits),
-        (others, spec.convolution_bits or 0),  # with none there are no others
-    )
+    ]
+    if spec.convolution_bits is not None:
+        budgets.append(
+            ({n: s for n, s in every.items() if n not in weights}, spec.convolution_bits)
+        )
     some = pictures[: max(1, PIXELS // pictures[0, 0].numel())]
-    errors, sizes = _errors(model, sites, {**weights, **activations, **others}, some)
+    wanted = {name: site for group, _ in budgets for name, site in group.items()}
+    errors, sizes = _errors(model, sites, wanted, some)
     found = []
     for group, average in budgets:
         if group:
@@ -133,7 +134,7 @@ def _local_errors(site: Quantizer, x: Tensor) -> np.ndarray:
     if rows.shape[1] > ENTRIES:
         generator = torch.Generator().manual_seed(0)
         rows = rows[:, torch.randint(rows.shape[1], (ENTRIES,), generator=generator).to(x.device)]
-    one_sided = None if float(rows.min()) > -0.25 * float(rows.max()) else False
+    one_sided = None if looks_one_sided(rows) else False
     return np.array(
         [float(kernels.search_bounds(rows, b, one_sided=one_sided)[2].sum()) for b in CHOICES]
     )

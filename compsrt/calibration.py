@@ -12,7 +12,14 @@ from .allocation import allocate
 from .kernels.reference import sort_rows
 from .pruning import prune
 from .quantization import CALIBRATIONS, METHODS, QuantSpec
-from .quantizers import Quantizer, WeightQuantizer, named_quantizers, observed, quant_spec
+from .quantizers import (
+    Quantizer,
+    WeightQuantizer,
+    looks_one_sided,
+    named_quantizers,
+    observed,
+    quant_spec,
+)
 from .rounding import round_for_outputs
 from .transform_search import choose_transforms
 
@@ -81,7 +88,7 @@ class _Observer:
                 searched = torch.where(kept, searched, some)
             else:
                 searched = searched[: len(quantizer.mask)][quantizer.mask]
-        one_sided = None if self.spec.one_sided == "auto" and _looks_one_sided(searched) else False
+        one_sided = None if self.spec.one_sided == "auto" and looks_one_sided(searched) else False
         try:
             lower, upper = search_bounds(
                 searched,
@@ -100,12 +107,6 @@ class _Observer:
         quantizer.set_bounds(*bounds)
         if not isinstance(quantizer, WeightQuantizer):
             self.last = x, bounds
-
-
-def _looks_one_sided(x: Tensor) -> bool:
-    """Whether nearly all of the range lies on one side of zero (softmax, GELU)."""
-    least, greatest = (float(v) for v in x.aminmax())
-    return least > -0.25 * greatest
 
 
 @torch.no_grad()

@@ -356,6 +356,12 @@ def observed(
             site.observer = None
 
 
+def looks_one_sided(x: Tensor) -> bool:
+    """Whether nearly all of the range lies on one side of zero (softmax, GELU)."""
+    least, greatest = (float(v) for v in x.aminmax())
+    return least > -0.25 * greatest
+
+
 # --- Whole models ----------------------------------------------------------------------------------
 
 

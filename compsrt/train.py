@@ -194,6 +194,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         parser, recipe.architecture if recipe else None, options
     )
     options.demo = options.train is None
+    options.afterwards = None  # a recipe whose runs follow
     if options.demo:
         _demo_defaults(parser, options, argv)
     if "float" in options.method:
@@ -232,7 +233,7 @@ def _demo_defaults(
     options.weights = options.weights or str(demo.WEIGHTS)
     if not argv:
         options.method, options.bits = list(demo.METHODS), list(demo.BITS)
-        options.force, options.demo = True, "whole"
+        options.force, options.afterwards = True, demo.RECIPE
     given = _given(argv)
     for name, value in demo.OPTIONS.items():
         if f"--{name.replace('_', '-')}" not in given:
@@ -319,8 +320,9 @@ def _grid(options: argparse.Namespace) -> list[tuple[argparse.Namespace, Any]]:
     from compsrt.recipes import RECIPES
 
     grid = [(options, spec) for spec in _specs(options)]
-    if options.demo == "whole":
-        last = {**vars(options), **RECIPES[demo.RECIPE].options(), **demo.RECIPE_OPTIONS}
+    if options.afterwards is not None:
+        recipe = RECIPES[options.afterwards].options()
+        last = {**vars(options), **recipe, **demo.RECIPE_OPTIONS}
         last = argparse.Namespace(**last)
         grid += [(last, spec) for spec in _specs(last)]
     return grid

@@ -3,9 +3,9 @@ import torch
 from networks import tiny_swinir
 
 import compsrt
-from compsrt.calibration import _looks_one_sided, search_bounds
+from compsrt.calibration import search_bounds
 from compsrt.quantization import QuantSpec
-from compsrt.quantizers import quantizers
+from compsrt.quantizers import looks_one_sided, quantizers
 
 
 def test_minmax_and_percentile():
@@ -93,7 +93,7 @@ def test_scalars_a_head_are_those_of_each_head_alone():
     for name, x in seen.items():
         site = quantizers(quantized)[name]
         if site.lower.dim() == 3:
-            one_sided = None if _looks_one_sided(x) else False
+            one_sided = None if looks_one_sided(x) else False
             for head in range(2):
                 part = x[..., head, :, :]
                 lower, upper = search_bounds(part, 3, one_sided=one_sided)
