@@ -76,7 +76,8 @@ class AveragedTraining:
 class FloatTraining(AveragedTraining):
     """A float network against the true pictures; what is kept is the moving average of its weights.
 
-    compiled: run the training forward through torch.compile, once for every patch size.
+    compiled: run the network through torch.compile, once for every patch size; of a network of Swin
+    blocks the blocks alone, which share what is compiled.
     """
 
     def __init__(
@@ -90,7 +91,10 @@ class FloatTraining(AveragedTraining):
     ):
         super().__init__(network.train().requires_grad_(True), average)
         self.clip = clip
-        self.forward = torch.compile(network, dynamic=False) if compiled else network
+        if compiled:
+            blocks = getattr(network, "named_blocks", None)
+            for module in [block for *_, block in blocks()] if blocks else [network]:
+                module.compile(dynamic=False)
         self.on_gpu = next(network.parameters()).device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             network.parameters(),
@@ -103,7 +107,7 @@ class FloatTraining(AveragedTraining):
     def losses(self, lr: Tensor, hr: Tensor) -> dict[str, Tensor]:
         lr, hr = self.pair(lr, hr)
         with torch.autocast("cuda", torch.bfloat16, enabled=self.on_gpu):
-            output = self.forward(lr)
+            output = self.network(lr)
         return {"loss": F.l1_loss(output.float(), hr)}
 
     def update(self) -> None:
