@@ -73,11 +73,24 @@ class AveragedTraining:
         self.updates = state["updates"]
 
 
+class _NarrowForward(nn.Module):
+    """A network whose products are in bf16 on a GPU; no copy of a weight outlives the call."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda, cache_enabled=False):
+            return self.network(x).float()
+
+
 class FloatTraining(AveragedTraining):
     """A float network against the true pictures; what is kept is the moving average of its weights.
 
     compiled: run the network through torch.compile, once for every patch size; of a network of Swin
-    blocks the blocks alone, which share what is compiled.
+    blocks the blocks alone, which share what is compiled. On a CUDA device the launches of a forward
+    and of its backward are recorded, too, and replayed: to send them takes longer than to do them.
     """
 
     def __init__(
@@ -91,24 +104,31 @@ class FloatTraining(AveragedTraining):
     ):
         super().__init__(network.train().requires_grad_(True), average)
         self.clip = clip
+        on_gpu = next(network.parameters()).device.type == "cuda"
+        self.recorded: dict[torch.Size, nn.Module] | None = {} if compiled and on_gpu else None
         if compiled:
             blocks = getattr(network, "named_blocks", None)
             for module in [block for *_, block in blocks()] if blocks else [network]:
                 module.compile(dynamic=False)
-        self.on_gpu = next(network.parameters()).device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
-            network.parameters(),
-            lr=1.0,
-            betas=(0.9, 0.99),
-            weight_decay=weight_decay,
-            fused=self.on_gpu,
+            network.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=weight_decay, fused=on_gpu
         )
 
     def losses(self, lr: Tensor, hr: Tensor) -> dict[str, Tensor]:
         lr, hr = self.pair(lr, hr)
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.on_gpu):
-            output = self.network(lr)
-        return {"loss": F.l1_loss(output.float(), hr)}
+        return {"loss": F.l1_loss(self._forward(lr), hr)}
+
+    def _forward(self, lr: Tensor) -> Tensor:
+        if self.recorded is None:
+            return _NarrowForward(self.network)(lr)
+        if lr.shape not in self.recorded:
+            self.recorded[lr.shape] = torch.cuda.make_graphed_callables(
+                _NarrowForward(self.network), (lr.clone(),), allow_unused_input=True
+            )
+        for parameter in self.network.parameters():
+            if parameter.grad is not None:  # of another part of the batch, where a replay writes
+                parameter.grad = parameter.grad.clone()
+        return self.recorded[lr.shape](lr)
 
     def update(self) -> None:
         torch.nn.utils.clip_grad_norm_(list(self.network.parameters()), self.clip)

@@ -203,7 +203,8 @@ def test_what_lies_outside_the_grid_is_never_used(device):
         view.copy_(given["x"])
         with triton_only():
             found = kernels.convolve(**to(given, device) | {"x": view})
-        assert torch.equal(found, wanted)
+        # Other strides, other layouts in registers: a device sums in another order.
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
 # --- Precision and range -------------------------------------------------------------------------

@@ -838,6 +838,7 @@ def test_on_a_gpu_without_waiting(pairs: list[Pair]) -> None:
     on_cpu, on_gpu = PatchSampler(pairs, 2), PatchSampler(pairs, 2, device="cuda")
     on_gpu.sample(8, 12, step=0)
     torch.cuda.synchronize()
+    warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
     torch.cuda.set_sync_debug_mode("error")
     try:
         batches = [on_gpu.sample(8, 12, step=step) for step in range(3)]

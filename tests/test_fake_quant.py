@@ -186,9 +186,13 @@ def test_twenty_runs_are_the_same_bits():
 def test_a_graph_captures_forward_and_backward():
     x, scalars = split(randn(1000, 60, seed=0), four_scalars((), 4, "clamped"), "cuda")
     grad = torch.ones_like(x)
-    wanted = run(kernels.fake_quantize, x, scalars, 4, "clamped", grad)
+    stream = torch.cuda.Stream()
+    # What is recorded has to have run on the stream of the recording: backward follows forward there.
+    with torch.cuda.stream(stream):
+        wanted = run(kernels.fake_quantize, x, scalars, 4, "clamped", grad)
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         found = run(kernels.fake_quantize, x, scalars, 4, "clamped", grad)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

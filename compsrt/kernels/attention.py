@@ -128,8 +128,12 @@ def _quant_window_attention_fwd_kernel(
     first = program // heads // (N // ROWS)
     step = tl.num_programs(0) // heads // (N // ROWS)
     bias = load_bias(table_ptr, token, head, heads, WINDOW)
-    head_rotation = load_rotation(rotations[0], SIZE, ORDER, WIDTH, WIDTHS[1], TYPE)
-    value_rotation = load_rotation(rotations[1], SIZE, VALUE_ORDER, WIDTH, WIDTHS[2], TYPE)
+    head_rotation = rotations[0]
+    if head_rotation is not None:
+        head_rotation = load_rotation(head_rotation, SIZE, ORDER, WIDTH, WIDTHS[1], TYPE)
+    value_rotation = rotations[1]
+    if value_rotation is not None:
+        value_rotation = load_rotation(value_rotation, SIZE, VALUE_ORDER, WIDTH, WIDTHS[2], TYPE)
     query = quantizer_of(grids, 0, grid_row, BITS, CLAMPED)
     key = quantizer_of(grids, 1, grid_row, BITS, CLAMPED)
     value = quantizer_of(grids, 2, grid_row, BITS, CLAMPED)
@@ -198,8 +202,12 @@ def _quant_window_attention_bwd_kernel(
     programs = tl.num_programs(0)
     head = program % heads
     grid_row = head if PER_HEAD else 0
-    head_rotation = load_rotation(rotations[0], SIZE, ORDER, WIDTH, WIDTHS[1], TYPE)
-    value_rotation = load_rotation(rotations[1], SIZE, VALUE_ORDER, WIDTH, WIDTHS[2], TYPE)
+    head_rotation = rotations[0]
+    if head_rotation is not None:
+        head_rotation = load_rotation(head_rotation, SIZE, ORDER, WIDTH, WIDTHS[1], TYPE)
+    value_rotation = rotations[1]
+    if value_rotation is not None:
+        value_rotation = load_rotation(value_rotation, SIZE, VALUE_ORDER, WIDTH, WIDTHS[2], TYPE)
     totals = tl.zeros((16,), tl.float32)
     first = program // heads
     step = programs // heads

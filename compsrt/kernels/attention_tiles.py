@@ -43,14 +43,11 @@ def load_bias(table_ptr, token, head, heads, WINDOW: tl.constexpr):
 def load_rotation(
     ptr, SIZE: tl.constexpr, ORDER: tl.constexpr, WIDTH: tl.constexpr, WIDTH_OUT: tl.constexpr, TYPE
 ):
-    """A rotation (SIZE, ORDER) as a tile (WIDTH, WIDTH_OUT), if there is one."""
-    if ptr is None:
-        return None
-    else:
-        row = tl.arange(0, WIDTH)[:, None]
-        column = tl.arange(0, WIDTH_OUT)[None, :]
-        inside = (row < SIZE) & (column < ORDER)
-        return tl.load(ptr + row * ORDER + column, mask=inside, other=0.0).to(TYPE)
+    """A rotation (SIZE, ORDER) as a tile (WIDTH, WIDTH_OUT)."""
+    row = tl.arange(0, WIDTH)[:, None]
+    column = tl.arange(0, WIDTH_OUT)[None, :]
+    inside = (row < SIZE) & (column < ORDER)
+    return tl.load(ptr + row * ORDER + column, mask=inside, other=0.0).to(TYPE)
 
 
 @triton.jit

@@ -34,11 +34,13 @@ class _Missing:
 
 triton: Any  # its own types know nothing of launch options and loops over tl.range
 tl: Any
+libdevice: Any
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra import libdevice
 except ImportError:
-    triton = tl = _Missing()
+    triton = tl = libdevice = _Missing()
     INSTALLED = INTERPRETED = False
 else:
     INSTALLED, INTERPRETED = True, bool(triton.knobs.runtime.interpret)

@@ -43,13 +43,15 @@ BYTES = 4096  # of x for each warp
 @triton.jit
 def _times_signs(x, signs, total):
     """total + x times signs; a float32 x goes through in three bf16 pieces, without loss."""
-    if x.dtype != tl.float32:
-        return tiles.dot(x, signs, total)
-    high = x.to(tl.bfloat16)
-    rest = x - high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-    return tiles.dot(high, signs, tiles.dot(middle, signs, tiles.dot(low, signs, total)))
+    if x.dtype == tl.float32:
+        high = x.to(tl.bfloat16)
+        rest = x - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        total = tiles.dot(high, signs, tiles.dot(middle, signs, tiles.dot(low, signs, total)))
+    else:  # Triton 3.6 compiles what comes after a return too
+        total = tiles.dot(x, signs, total)
+    return total
 
 
 @triton.jit

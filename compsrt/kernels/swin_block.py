@@ -83,7 +83,7 @@ def _quant_swin_block_fwd_kernel(
     query,
     key,
     value,
-    table_ptr,
+    bias_ptr,
     token_ptr,
     scalars,
     merge,
@@ -108,6 +108,7 @@ def _quant_swin_block_fwd_kernel(
     ROWS: tl.constexpr = C.rows
     INNER: tl.constexpr = C.width_inner
     PARTS: tl.constexpr = N // ROWS
+    SLICES: tl.constexpr = N // C.slice
     program = tl.program_id(0)
     token = tl.arange(0, N)
     row = program % PARTS * ROWS + tl.arange(0, ROWS)
@@ -123,23 +124,57 @@ def _quant_swin_block_fwd_kernel(
         t = swin_block_tiles.linear(x.to(TYPE), enter, C.size, C.width, C.size)
     q_in = swin_block_tiles.input_codes(t, inputs_ptr, limits_ptr, 0, C, CODES)
 
-    y = swin_block_tiles.spread(merge.bias, C.rows, 0, C.width_inner, C.inner)
-    for head in tl.range(0, C.heads, num_stages=1, disable_licm=C.integer):
-        # Before what follows: later it would cost registers that spill.
-        bias = swin_block_tiles.load_bias(table_ptr, row, token, head, C.window)
-        if C.shift > 0:
-            bias += tl.where(rows.region[:, None] == tokens.region[None, :], 0.0, tiles.APART)
-        q = swin_block_tiles.head_codes(q_in, query, scalars, head, 0, C, HEAD_CODES)
-        k = swin_block_tiles.head_codes(k_in, key, scalars, head, 1, C, HEAD_CODES)
-        p = tiles.softmax(swin_block_tiles.scores(q, k, scalars, 0 if C.shared else head) + bias)
-        v = swin_block_tiles.head_codes(v_in, value, scalars, head, 2, C, HEAD_CODES)
-        o = swin_block_tiles.attend(p, v, token_ptr, scalars, head, C, TYPE).to(TYPE)
-        n = tl.arange(0, INNER)[:, None]
-        lane = tl.arange(0, C.width_head)[None, :]
-        at = merge.weight + head * C.d
-        matrix = swin_block_tiles.load_matrix(at, n, lane, C.inner, C.inner, C.d)
-        y = swin_block_tiles.add_product(o, tl.trans(matrix), y)
+    k = swin_block_tiles.heads_codes(k_in, key, scalars, 1, C, HEAD_CODES)
+    v = swin_block_tiles.heads_codes(v_in, value, scalars, 2, C, HEAD_CODES)
+    q = swin_block_tiles.heads_codes(q_in, query, scalars, 0, C, tl.float32)
+    q = swin_block_tiles.parts(q + swin_block_tiles.load_lanes(scalars.query_zero, 0, C), TYPE)
+    if SLICES == 1:
+        rotation = token_ptr
+        if rotation is not None:
+            rotation = swin_block_tiles.load_rotation(token_ptr, 0, C)
+        turned = swin_block_tiles.turn(rotation, v, scalars, C)
+        rest = tl.sum(turned, 0)[None, :]
+        turned = turned.to(TYPE)
+    else:
+        rest = tl.zeros((1, INNER), tl.float32)
+        for first in tl.range(0, N, C.slice, num_stages=1, disable_licm=True):
+            rotation = swin_block_tiles.load_rotation(token_ptr, first, C)
+            rest += tl.sum(swin_block_tiles.turn(rotation, v, scalars, C), 0)[None, :]
 
+    lane = tl.arange(0, INNER)[None, :]
+    y = tl.zeros((ROWS, INNER), tl.float32)
+    for head in tl.range(0, C.heads, num_stages=C.stages, disable_licm=True):
+        scale = swin_block_tiles.load_scalar(scalars.scores, 0, head, C)
+        bias = tl.load(bias_ptr + head * N * N + row[:, None] * N + token[None, :])
+        if C.shift > 0:
+            apart = rows.region[:, None] != tokens.region[None, :]
+            bias += tl.where(apart, tiles.APART / scale, 0.0)
+        inside = tl.where(lane // C.d == head, 1.0, 0.0)
+        s = bias
+        for part in tl.static_range(len(q)):
+            s = swin_block_tiles.add_product(
+                swin_block_tiles.chosen(q[part], inside), tl.trans(k), s
+            )
+        p, share = swin_block_tiles.softmax(s, scale)
+        o = tl.zeros((ROWS, INNER), tl.float32)
+        if SLICES == 1:
+            codes = swin_block_tiles.rotated_codes(
+                p, share, rotation, scalars, head, C, TYPE, HEAD_CODES
+            )
+            o = swin_block_tiles.add_product(codes, turned, o)
+        else:
+            for first in tl.range(0, N, C.slice, num_stages=1, disable_licm=True):
+                rotation = swin_block_tiles.load_rotation(token_ptr, first, C)
+                codes = swin_block_tiles.rotated_codes(
+                    p, share, rotation, scalars, head, C, TYPE, HEAD_CODES
+                )
+                turned = swin_block_tiles.turn(rotation, v, scalars, C)
+                o = swin_block_tiles.add_product(codes, turned.to(TYPE), o)
+        y += o * inside
+
+    y += rest * swin_block_tiles.load_lanes(scalars.attention_zero, 0, C)
+    y *= swin_block_tiles.load_lanes(scalars.attention, 0, C)
+    y = swin_block_tiles.linear(y.to(TYPE), merge, C.inner, INNER, C.inner)
     codes = swin_block_tiles.to_codes_of(y, limits_ptr, 3, C.inner, CODES)
     # Read again, so that the loop above has more registers.
     rows = tiles.locate(row + later, program // PARTS, height, width, C.window, C.shift)
@@ -185,10 +220,9 @@ def _constants(folded: FoldedBlock) -> Constants:
         # A product of int8 has 32 terms at least.
         width=max(32, next_power_of_two(size)),
         width_inner=max(32, next_power_of_two(inner)),
-        width_head=max(16, next_power_of_two(d)),
         width_hidden=min(max(32, width_hidden), 128),
         rows=folded.window**2 if folded.window < 16 else ROWS_OF_16,
-        slice=min(16, folded.window**2),
+        slice=folded.window**2 if folded.token is None else min(64, folded.window**2),
         chunk=32,
         integer=integer,
         shared=len(folded.scalars.scores) == 1,
@@ -222,7 +256,7 @@ def _forward(x: Tensor, folded: FoldedBlock) -> Tensor:
             folded.query,
             folded.key,
             folded.value,
-            folded.table,
+            folded.bias,
             folded.token,
             folded.scalars,
             folded.merge,
@@ -246,7 +280,7 @@ def _forward(x: Tensor, folded: FoldedBlock) -> Tensor:
 def _flatten(folded: FoldedBlock) -> tuple[list[Tensor], list[bool], list[int], list[float]]:
     """A block as arguments of an operator: its tensors, which of them it has, numbers, epsilons."""
     slots = [t for name in _LINEARS for t in getattr(folded, name)]
-    slots += [folded.inputs, folded.limits, folded.table, folded.token, *folded.scalars]
+    slots += [folded.inputs, folded.limits, folded.bias, folded.token, *folded.scalars]
     ranges = [end for pair in folded.ranges for end in pair]
     numbers = [int(folded.mode == "integer"), folded.heads, folded.window, folded.shift]
     return (
@@ -268,14 +302,14 @@ def _unflatten(
         return [next(slots) for _ in range(count)]
 
     linears = {name: FoldedLinear(*take(len(FoldedLinear._fields))) for name in _LINEARS}
-    inputs, limits, table, token = take(4)
+    inputs, limits, bias, token = take(4)
     integer, heads, window, shift, *rest = numbers
     ranges = rest[len(SITES) :]
     return FoldedBlock(
         **linears,
         inputs=inputs,
         limits=limits,
-        table=table,
+        bias=bias,
         token=token,
         scalars=HeadScalars(*take(len(HeadScalars._fields))),
         mode="integer" if integer else "fold",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from . import tiles
-from .dispatch import tl, triton
+from .dispatch import libdevice, tl, triton
 
 
 class Constants(NamedTuple):
@@ -23,9 +23,8 @@ class Constants(NamedTuple):
     inner: int  # heads * d
     hidden: int
     d: int
-    width: int  # tile sizes: of C, heads * d, a head, hidden
+    width: int  # tile sizes: of C, heads * d, hidden
     width_inner: int
-    width_head: int
     width_hidden: int  # of the rotated hidden tokens that are made at a time
     rows: int  # tokens of a program
     slice: int  # coefficients of the rotated probabilities at a time
@@ -34,6 +33,38 @@ class Constants(NamedTuple):
     shared: bool  # all heads have the grids of the first
     eps1: float
     eps2: float
+    stages: int = 1
+    stages2: int = 1
+
+
+LOG2_E = tl.constexpr(1.4426950408889634)  # log2(e)
+
+
+@triton.jit
+def exp2(x):
+    """2^x; what a float32 holds with fewer bits only, below 2^-126, may be 0."""
+    if tiles.INTERPRETED:
+        y = tl.exp2(x)
+    else:
+        y = libdevice.exp2(x)
+    return y
+
+
+@triton.jit
+def gelu(x):
+    """The GELU. Of erf, 7.1.26 in Abramowitz and Stegun, Handbook of Mathematical Functions, with an
+    error below 1.5e-7: it takes half of the instructions of the exact one."""
+    size = tl.abs(x)
+    of_one = 1.0 + 0.23164189 * size  # 0.3275911 / sqrt(2)
+    if tiles.INTERPRETED:
+        t = 1.0 / of_one
+    else:
+        t = libdevice.fast_dividef(1.0, of_one)
+    y = 0.5 * 1.061405429 * t - 0.5 * 1.453152027
+    y = (y * t + 0.5 * 1.421413741) * t - 0.5 * 0.284496736
+    y = (y * t + 0.5 * 0.254829592) * t
+    y *= exp2(x * x * (-0.5 * LOG2_E))  # 1 - Phi(|x|)
+    return x * tl.where(x < 0, y, 1.0 - y)
 
 
 @triton.jit
@@ -111,14 +142,10 @@ def count(a, b):
 
 
 @triton.jit
-def multiply(
-    x, layer, total, first, end, first_in, IN: tl.constexpr, head=0, D: tl.constexpr = 0, later=0
-):
+def multiply(x, layer, total, first, end, first_in, IN: tl.constexpr, later=0):
     """total (M, COUNT) plus x (M, K) times columns first_in to first_in + K of rows first to first +
-    COUNT, but none from `end` on, of a FoldedLinear with IN columns, without its bias.
-
-    head, D: which head the rows are and how many it has, where a head is rotated. later: 0, see the
-    kernel.
+    COUNT, but none from `end` on, of a FoldedLinear with IN columns, without its bias. later: 0, see
+    the kernel.
     """
     COUNT: tl.constexpr = total.shape[1]
     # What a loop moves is one pointer then, not those of all entries, which would not fit.
@@ -137,10 +164,6 @@ def multiply(
             )
         y = count(x, weight) * load_vector(layer.scale, first, COUNT, end)
         y += kept * load_vector(layer.zero, first, COUNT, end)
-        if layer.rotation is not None:
-            row = tl.arange(0, COUNT)[:, None]
-            column = tl.arange(0, COUNT)[None, :]
-            y = times(y, load_matrix(layer.rotation + head * (D * D), row, column, D, D, D))
         return total + y
 
 
@@ -174,78 +197,107 @@ def input_codes(t, inputs_ptr, limits_ptr, i: tl.constexpr, C: tl.constexpr, COD
 
 
 @triton.jit
-def head_codes(x, layer, scalars, head, i: tl.constexpr, C: tl.constexpr, CODES):
-    """The codes (M, WIDTH_HEAD) of a head's queries, keys or values from those of its inputs x."""
-    first = head * C.d
-    M: tl.constexpr = x.shape[0]
-    WIDTH_HEAD: tl.constexpr = C.width_head
-    zeros = tl.zeros((M, WIDTH_HEAD), tl.float32)
-    y = multiply(x, layer, zeros, first, first + C.d, 0, C.size, head, C.d)
-    y += load_vector(layer.bias, first, C.width_head, first + C.d)
-    low, high = head_range(scalars, head, i, C)
-    return to_codes(y, low, high, tl.arange(0, C.width_head)[None, :] < C.d, CODES)
+def heads_codes(x, layer, scalars, i: tl.constexpr, C: tl.constexpr, CODES):
+    """The codes (M, WIDTH_INNER) of all heads' queries, keys or values from those of its inputs x."""
+    INNER: tl.constexpr = C.width_inner
+    if layer.rotation is None:
+        y = linear(x, layer, C.inner, INNER, C.size)
+    else:  # each head has its own, in a block of one matrix
+        M: tl.constexpr = x.shape[0]
+        zeros = tl.zeros((M, INNER), tl.float32)
+        y = multiply(x, layer, zeros, 0, C.inner, 0, C.size)
+        row = tl.arange(0, INNER)[:, None]
+        lane = tl.arange(0, INNER)[None, :]
+        inside = (row // C.d == lane // C.d) & (row < C.inner)
+        at = layer.rotation + row * C.d + lane % C.d
+        rotation = tl.load(at, mask=inside, other=0.0)
+        y = add_product(y, rotation, spread(layer.bias, x.shape[0], 0, INNER, C.inner))
+    low, high = load_lanes(scalars.low, i, C), load_lanes(scalars.high, i, C)
+    return to_codes(y, low, high, tl.arange(0, INNER)[None, :] < C.inner, CODES)
 
 
 @triton.jit
-def head_range(scalars, head, i: tl.constexpr, C: tl.constexpr):
-    """The lowest and highest code of a head's queries, keys, values or probabilities."""
-    at = i if C.shared else i * C.heads + head
-    return tl.load(scalars.low + at), tl.load(scalars.high + at)
+def load_lanes(ptr, i: tl.constexpr, C: tl.constexpr):
+    """The i-th scalar of each lane's head, (1, WIDTH_INNER)."""
+    lane = tl.arange(0, C.width_inner)[None, :]
+    at = 0 * lane + i if C.shared else i * C.heads + lane // C.d
+    return tl.load(ptr + at, mask=lane < C.inner, other=0.0)
 
 
 @triton.jit
-def load_bias(table_ptr, row, column, head, WINDOW: tl.constexpr):
-    """The relative-position bias (M, N) of a head for the tokens `row` and `column` of a window."""
-    SIDE: tl.constexpr = 2 * WINDOW - 1
-    first = row // WINDOW * SIDE + row % WINDOW + (WINDOW - 1) * (SIDE + 1)
-    entry = first[:, None] - (column // WINDOW * SIDE + column % WINDOW)[None, :]
-    return tl.load(table_ptr + head * (SIDE * SIDE) + entry).to(tl.float32)
+def load_scalar(ptr, i: tl.constexpr, head, C: tl.constexpr):
+    """The i-th scalar of a head."""
+    return tl.load(ptr + (i if C.shared else i * C.heads + head))
 
 
 @triton.jit
-def scores(q, k, scalars, at):
-    """s_qk (q + z_q) k^T of codes q (M, WIDTH_HEAD) and k (N, WIDTH_HEAD), whose product is exact."""
-    sums = tl.sum(k.to(tl.float32), 1)[None, :]
-    s = times(q, tl.trans(k)) + tl.load(scalars.query_zero + at) * sums
-    return s * tl.load(scalars.scores + at)
+def chosen(codes, inside):
+    """Codes where `inside` is 1, 0 where it is 0: two at a time on a device, where a choice is not."""
+    if tiles.INTERPRETED:  # its products of bf16 are wrong
+        y = (codes.to(tl.float32) * inside).to(codes.dtype)
+    else:
+        y = codes * inside.to(codes.dtype)
+    return y
 
 
 @triton.jit
-def attend(p, v, token_ptr, scalars, head, C: tl.constexpr, TYPE):
-    """A^ (M, N), probabilities p rotated and quantized, times T^T v^ but for v's scale.
+def parts(x, TYPE: tl.constexpr):
+    """A float32 tile as tiles of 16 bits that sum up to it: to 11 bits in float16, to 16 in bf16, and
+    for a TYPE of float32 to all, in bf16."""
+    if tl.float16 == TYPE:
+        found = (x.to(tl.float16),)
+    else:
+        high, middle, low = split(x)
+        if tl.bfloat16 == TYPE:
+            found = (middle, high)
+        else:
+            found = (low, middle, high)
+    return found
 
-    v: (N, WIDTH_HEAD), the codes. Returns (M, WIDTH_HEAD) in float32. Slices of coefficients go
-    through both products before the next are made.
-    """
+
+@triton.jit
+def softmax(s, scale):
+    """exp(scale s) over exp(scale highest s of a row), (M, N), and 1 over each row's sum, (M, 1)."""
+    scale *= LOG2_E
+    powers = exp2(s * scale - tl.max(s, 1)[:, None] * scale)
+    return powers, (1.0 / tl.sum(powers, 1))[:, None]
+
+
+@triton.jit
+def load_rotation(token_ptr, first, C: tl.constexpr):
+    """Rows first to first + SLICE of T^T, (SLICE, N)."""
     N: tl.constexpr = C.window * C.window
-    M: tl.constexpr = C.rows
-    WIDTH_HEAD: tl.constexpr = C.width_head
-    at = 0 if C.shared else head
-    inverse = tl.load(scalars.attention_inverse + at)
-    zero = tl.load(scalars.attention_zero + at)
-    low, high = head_range(scalars, head, 3, C)
-    # The zero point of v, where it has lanes.
-    inside = tl.arange(0, C.width_head)[None, :] < C.d
-    value_zero = tl.where(inside, tl.load(scalars.value_zero + at), 0.0)
-    y = tl.zeros((M, WIDTH_HEAD), tl.float32)
-    if token_ptr is None:
-        turned = (v.to(tl.float32) + value_zero).to(TYPE)
-        y = add_product(to_codes(p * inverse - zero, low, high, True, v.dtype), turned, y)
-        rest = tl.sum(turned.to(tl.float32), 0)[None, :]
+    row = tl.arange(0, C.slice)[:, None]
+    return tl.load(token_ptr + first * N + row * N + tl.arange(0, N)[None, :])
+
+
+@triton.jit
+def turn(token, v, scalars, C: tl.constexpr):
+    """Rows of T^T v^ of all heads but for v's scale, (SLICE, WIDTH_INNER) in float32: v are codes
+    (N, WIDTH_INNER), token are rows of T^T or None, where these are all rows of v^."""
+    zero = load_lanes(scalars.value_zero, 0, C)
+    if token is None:
+        return v.to(tl.float32) + zero
     else:
         SLICE: tl.constexpr = C.slice
-        p = p.to(TYPE)
-        rest = tl.zeros((1, WIDTH_HEAD), tl.float32)
-        for first in tl.range(0, N, C.slice, num_stages=1, disable_licm=C.integer):
-            row = tl.arange(0, C.slice)[:, None]
-            token = tl.load(token_ptr + first * N + row * N + tl.arange(0, N)[None, :])
-            t = times(p, tl.trans(token)) * inverse - zero
-            codes = to_codes(t, low, high, True, v.dtype)
-            turned = add_product(token, v, tl.zeros((SLICE, WIDTH_HEAD), tl.float32))
-            turned += tl.sum(token.to(tl.float32), 1)[:, None] * value_zero
-            rest += tl.sum(turned, 0)[None, :]
-            y = add_product(codes, turned.to(TYPE), y)
-    return (y + rest * zero) * tl.load(scalars.attention + at)
+        INNER: tl.constexpr = C.width_inner
+        zeros = tl.zeros((SLICE, INNER), tl.float32)
+        sums = tl.sum(token.to(tl.float32), 1)[:, None]
+        return add_product(token, v, zeros) + sums * zero
+
+
+@triton.jit
+def rotated_codes(p, share, token, scalars, head, C: tl.constexpr, TYPE, CODES):
+    """The codes (M, SLICE) of probabilities p (M, N), times share, rotated by token, which are rows of
+    T^T, or None."""
+    inverse = share * load_scalar(scalars.attention_inverse, 0, head, C)
+    zero = load_scalar(scalars.attention_zero, 0, head, C)
+    low, high = load_scalar(scalars.low, 3, head, C), load_scalar(scalars.high, 3, head, C)
+    if token is None:
+        t = p
+    else:
+        t = times(p.to(TYPE), tl.trans(token))
+    return to_codes(t * inverse - zero, low, high, True, CODES)
 
 
 @triton.jit
@@ -259,11 +311,11 @@ def mlp(x, middle, fc1, hidden, fc2, limits_ptr, C: tl.constexpr, TYPE, CODES, l
     t = normalize(x, C.size, C.eps2).to(TYPE)
     t = linear(t, middle, C.size, C.width, C.size, 2 * later)
     codes = to_codes_of(t, limits_ptr, 4, C.size, CODES)
-    for first in tl.range(0, C.hidden, C.width_hidden, num_stages=1, disable_licm=C.integer):
+    for first in tl.range(0, C.hidden, C.width_hidden, num_stages=1, disable_licm=True):
         turned = tl.zeros((ROWS, WIDTH_HIDDEN), tl.float32)
-        for start in tl.range(0, C.hidden, C.chunk, num_stages=1, disable_licm=C.integer):
+        for start in tl.range(0, C.hidden, C.chunk, num_stages=C.stages2, disable_licm=True):
             h = spread(fc1.bias, C.rows, start, C.chunk, C.hidden)
-            h = tiles.gelu(multiply(codes, fc1, h, start, C.hidden, 0, C.size)).to(TYPE)
+            h = gelu(multiply(codes, fc1, h, start, C.hidden, 0, C.size)).to(TYPE)
             # Zeros and the biases afterwards: with sums that go on integers spill 400 bytes on sm_80.
             zeros = tl.zeros((ROWS, WIDTH_HIDDEN), tl.float32)
             turned += multiply(h, hidden, zeros, first, C.hidden, start, C.hidden)

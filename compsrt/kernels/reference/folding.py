@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .linear import LayerNormWeights, QuantLayer, QuantWeight, check_weight, shape_of
 from .quantize import Grid, _sides, check_quantizer, quantize_codes, step_and_zero
+from .windows import relative_bias
 
 MODES = ("fold", "integer")
 HEAD_SITES = ("query", "key", "value", "attention")
@@ -71,7 +72,7 @@ class FoldedBlock(NamedTuple):
     query: FoldedLinear  # (heads * d, C)
     key: FoldedLinear
     value: FoldedLinear
-    table: Tensor  # (heads, (2 window - 1)^2), the relative-position bias
+    bias: Tensor  # (heads, N, N), the relative-position bias over s_qk
     token: Tensor | None  # (N, N): T^T
     scalars: HeadScalars
     merge: FoldedLinear  # (C', heads * d), to the codes of proj's input
@@ -302,7 +303,7 @@ def fold_block(
         query=layers[0],
         key=layers[1],
         value=layers[2],
-        table=table.detach().mT,
+        bias=relative_bias(table.detach(), window) / scalars.scores[:, None, None],
         token=None if token_rotation is None else token.mT,
         scalars=scalars,
         merge=to_codes(merge, 0.0, last[0]),
@@ -339,7 +340,7 @@ def _stored(block: FoldedBlock, dtype: torch.dtype) -> FoldedBlock:
         **linears,
         inputs=block.inputs.to(wide),
         limits=block.limits.to(wide),
-        table=block.table.to(wide).contiguous(),
+        bias=block.bias.to(wide).contiguous(),
         token=None if block.token is None else block.token.to(dtype).contiguous(),
         scalars=HeadScalars._make(t.to(wide).contiguous() for t in block.scalars),
     )

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .folding import HEAD_SITES, SITES, FoldedBlock, FoldedLinear
-from .windows import kinds_of_windows, relative_bias, shift_mask, window_order
+from .windows import kinds_of_windows, shift_mask, window_order
 
 # Of the scores on a CPU that are held at a time, for each thread. Of 2^16 to 2^22 this and 2^19 were
 # fastest (60 channels, 6 heads, 96 x 160 tokens; one thread of a busy AMD EPYC with 1 MiB of L2).
@@ -63,8 +63,8 @@ def check_block(x: Tensor, folded: FoldedBlock) -> None:
             "x: a folded block has no gradients; call it under torch.no_grad(), or train the block"
             " that it was made of"
         )
-    if x.device != folded.table.device:
-        raise ValueError(f"folded: it is on {folded.table.device}; move it to x's {x.device}")
+    if x.device != folded.bias.device:
+        raise ValueError(f"folded: it is on {folded.bias.device}; move it to x's {x.device}")
 
 
 class _Operands(NamedTuple):
@@ -173,7 +173,7 @@ def quant_swin_block(x: Tensor, folded: FoldedBlock) -> Tensor:
     counts = kinds_of_windows(batch, height, width, window, shift)
     tokens = x.reshape(-1, size)
     out = torch.empty_like(tokens)
-    bias = relative_bias(folded.table.mT.to(dtype), window)
+    bias = folded.bias.to(dtype) * operands.scalars[1]
     biases = [bias]
     if shift:  # of the four kinds of windows
         biases = bias + shift_mask(2 * window, 2 * window, window, shift, x.device, dtype)[:, None]
