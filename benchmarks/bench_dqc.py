@@ -33,13 +33,14 @@ def seconds_of(call) -> float:
 
 def launches_of(call) -> int:
     """How many kernels a call launches; copies and fills of memory are not counted."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
-    names = [event.name for event in profiler.events()]
-    return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
+    events = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    return sum(not name.startswith(("Memcpy", "Memset", "Activity Buffer")) for name in events)
 
 
 def set_implementation(monkeypatch, implementation: str) -> None:

@@ -154,7 +154,7 @@ def test_the_fastest_way_that_errs_little_is_chosen(monkeypatch):
     monkeypatch.setattr(quant_swinir, "_seconds", lambda call: next(times))
     assert quant_swinir.fastest(block, forms) == "integer"
     assert quant_swinir.fastest(block, forms) == "fold"
-    wrong = forms["integer"]._replace(table=5 * torch.randn_like(forms["integer"].table))
+    wrong = forms["integer"]._replace(bias=5 * torch.randn_like(forms["integer"].bias))
     assert quant_swinir.fastest(block, {**forms, "integer": wrong}) == "fold"
 
 

@@ -202,18 +202,17 @@ def test_codes_of_integers_are_the_reference_s(monkeypatch):
     per_window = iter(found)
     for window in range(2):
         tokens = slice(64 * window, 64 * window + 64)
-        whole = {site: next(per_window) for site in ("k", "v", "q")}
-        heads = []
-        for _ in range(6):
-            one = {site: next(per_window) for site in ("query", "key", "value")}
-            one["attention"] = torch.cat([next(per_window) for _ in range(4)], 1)
-            heads.append(one)
+        first = ("k", "v", "q", "key", "value", "query")
+        whole = {site: next(per_window) for site in first}
+        attention = [next(per_window) for _ in range(6)]
         whole |= {site: next(per_window) for site in ("proj", "fc1", "fc2")}
         for site, (t, codes) in sites.items():
             t, codes = (t[window], codes[window]) if t.ndim == 4 else (t[tokens], codes[tokens])
             if t.ndim == 3:
-                of_heads = torch.stack([one[site] for one in heads])
-                ours = of_heads if site == "attention" else of_heads.mT[:, :10]
+                if site == "attention":
+                    ours = torch.stack(attention)
+                else:
+                    ours = whole[site][:, :60].T.unflatten(0, (6, 10))
             else:
                 ours = whole[site][:, : t.shape[1]]
             differs = ours.double() != codes

@@ -75,6 +75,16 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+assumed_capability: int | None = None  # of tensors on a CPU, while aot.py compiles for a device
+
+
+def capability(x: Tensor) -> int | None:
+    """The major number of the compute capability of x's CUDA device; None of other devices."""
+    if x.device.type != "cuda":
+        return assumed_capability
+    return None if torch.version.hip else torch.cuda.get_device_capability(x.device)[0]
+
+
 @functools.lru_cache(maxsize=32)
 def processors(device: torch.device) -> int:
     """Multiprocessors of a device. Two on a CPU: enough for the interpreter to meet every case."""

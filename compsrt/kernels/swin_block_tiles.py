@@ -29,12 +29,11 @@ class Constants(NamedTuple):
     rows: int  # tokens of a program
     slice: int  # coefficients of the rotated probabilities at a time
     chunk: int  # of hidden channels at a time
+    stages: int  # of the loop over heads: with two a bias is loaded while the head before is done
     integer: bool
     shared: bool  # all heads have the grids of the first
     eps1: float
     eps2: float
-    stages: int = 1
-    stages2: int = 1
 
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # log2(e)
@@ -313,7 +312,7 @@ def mlp(x, middle, fc1, hidden, fc2, limits_ptr, C: tl.constexpr, TYPE, CODES, l
     codes = to_codes_of(t, limits_ptr, 4, C.size, CODES)
     for first in tl.range(0, C.hidden, C.width_hidden, num_stages=1, disable_licm=True):
         turned = tl.zeros((ROWS, WIDTH_HIDDEN), tl.float32)
-        for start in tl.range(0, C.hidden, C.chunk, num_stages=C.stages2, disable_licm=True):
+        for start in tl.range(0, C.hidden, C.chunk, num_stages=1, disable_licm=True):
             h = spread(fc1.bias, C.rows, start, C.chunk, C.hidden)
             h = gelu(multiply(codes, fc1, h, start, C.hidden, 0, C.size)).to(TYPE)
             # Zeros and the biases afterwards: with sums that go on integers spill 400 bytes on sm_80.

@@ -53,7 +53,8 @@ from .replay import Replay, said
 
 # How a block computes. "reference": quantizer by quantizer, as it is trained; "fold": codes times
 # matrices that hold everything else; "integer": codes times codes, exact; "auto": folded where that
-# can be; on a GPU the faster of the two ways, measured once a device and kind of block.
+# can be; on a GPU the faster of the two ways, measured once a device and kind of block, where "fold"
+# has matrices of float16 beside float32 weights, if its error is small enough.
 ARITHMETICS = ("auto", "fold", "integer", "reference")
 # Of what a block adds: codes at ties that float16 rounds the other way stay below it; a wrong kernel,
 # or a type too coarse for the codes, does not.
@@ -223,16 +224,18 @@ class QuantSwinBlock(nn.Module):
         if arithmetic == "reference" or device.type == "meta":
             return
         exact = wide(self.dtype)
-        ways = {"fold": self.dtype if device.type == "cuda" else exact, "integer": exact}
+        given = {"fold": self.dtype if device.type == "cuda" else exact, "integer": exact}
         if arithmetic != "auto":
-            self._folded = self.folded(arithmetic, ways[arithmetic])
+            self._folded = self.folded(arithmetic, given[arithmetic])
             return
-        if device.type != "cuda":
-            del ways["integer"]  # on a CPU its codes would become floats at every call
-        blocks = {}
-        for mode, dtype in ways.items():
+        ways = [{"fold": given["fold"]}]  # on a CPU codes of integers would become floats at every call
+        if device.type == "cuda":  # where there is another way, a fold need not be exact
+            half = torch.float16 if self.dtype == torch.float32 else self.dtype
+            ways.insert(0, {"fold": half, "integer": exact})
+        blocks: dict[str, kernels.FoldedBlock] = {}
+        for way in ways:
             with contextlib.suppress(ValueError):
-                blocks[mode] = self.folded(mode, dtype)
+                blocks = blocks or {m: self.folded(m, dtype) for m, dtype in way.items()}
         if len(blocks) > 1:
             sizes = tuple(module.weight.size for module in (self.q, self.proj, self.fc1))
             kind = device, self.dtype, sizes, self.heads, self.window, bool(self.shift)
