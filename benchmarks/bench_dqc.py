@@ -28,7 +28,7 @@ def student_and_teacher(device: str):
 def seconds_of(call) -> float:
     from triton.testing import do_bench
 
-    return 1e-3 * do_bench(call, warmup=500, rep=2000, return_mode="median")
+    return 1e-3 * do_bench(call, warmup=200, rep=800, return_mode="median")
 
 
 def launches_of(call) -> int:

@@ -36,7 +36,7 @@ def networks(scale: int) -> tuple[SwinIR, torch.nn.Module]:
     """The float network and its quantized form, on the CPU."""
     torch.manual_seed(0)
     network = SwinIR(SwinIRConfig(scale=scale)).eval().requires_grad_(False)
-    quantized = compsrt.quantize(network, QuantSpec(bits=4), torch.rand(1, 3, 64, 64))
+    quantized = compsrt.quantize(network, QuantSpec(bits=4), torch.rand(1, 3, 32, 32))
     return network, quantized.requires_grad_(False)
 
 
@@ -83,14 +83,14 @@ def test_whole_pictures(benchmark, size, batch, form):
         launches=launches,
         token_grids_beyond=beyond / grid,
     )
-    if form == "packed" and batch == 1:
-        assert launches <= BLOCKS + OTHERS, launches
-        assert beyond <= GRIDS * grid, beyond / grid
 
     def to_the_end():
         with torch.no_grad():
             model(x)
         torch.cuda.synchronize()
 
-    benchmark.pedantic(to_the_end, rounds=10, warmup_rounds=1)
+    benchmark.pedantic(to_the_end, rounds=5, warmup_rounds=1)
     torch.compiler.reset()
+    if form == "packed" and batch == 1:
+        assert launches <= BLOCKS + OTHERS, launches
+        assert beyond <= GRIDS * grid, beyond / grid
