@@ -6,6 +6,7 @@ TORCH := torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 RESULTS ?= benchmarks/results
+BENCH ?= benchmarks
 
 .PHONY: help test test-export demo bench lint gpu gpu-test gpu-bench clean
 .DELETE_ON_ERROR:
@@ -17,6 +18,7 @@ help:
 	@echo "make bench   the benchmarks; JSON goes to $(RESULTS)/"
 	@echo "make lint    ruff and pyright"
 	@echo "make gpu     tests and benchmarks that need CUDA, with PYTHON's own packages: gpu-test, gpu-bench"
+	@echo "             (BENCH=benchmarks/bench_packed_model.py: of these alone)"
 	@echo "make clean   remove .venv, caches and build output"
 
 # The stamp is written last: a build that failed half-way is taken up again by the next make.
@@ -60,9 +62,11 @@ lint: .venv/.installed-dev
 
 gpu: gpu-test gpu-bench
 
-# Where compute-sanitizer is at hand, it looks at one small call of every kernel.
+# Compilers take most of the time, so with pytest-xdist eight processes share the device. Where
+# compute-sanitizer is at hand, it looks at one small call of every kernel.
 gpu-test:
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests \
+		$$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8 --dist worksteal")
 	@command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer here"; exit 0; }; \
 	for tool in memcheck racecheck; do \
 		PYTHONPATH=. compute-sanitizer --tool $$tool --error-exitcode 1 \
@@ -71,7 +75,7 @@ gpu-test:
 
 gpu-bench:
 	@mkdir -p $(RESULTS)
-	PYTHONPATH=. $(PYTHON) -m pytest benchmarks --benchmark-only --benchmark-json=$(RESULTS)/gpu.json
+	PYTHONPATH=. $(PYTHON) -m pytest $(BENCH) --benchmark-only --benchmark-json=$(RESULTS)/gpu.json
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

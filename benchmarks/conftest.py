@@ -33,6 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:
     from compsrt.kernels.dispatch import triton
 
+    for private in ("node", "release", "python_build", "python_compiler"):
+        machine_info.pop(private, None)
     machine_info["versions"] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -41,7 +43,6 @@ def pytest_benchmark_update_machine_info(config, machine_info) -> None:
     }
     if torch.cuda.is_available():
         machine_info["device"] = torch.cuda.get_device_name()
-        machine_info["driver"] = str(getattr(torch._C, "_cuda_getDriverVersion", lambda: None)())
 
 
 @pytest.fixture(scope="session")

@@ -105,7 +105,7 @@ class FloatTraining(AveragedTraining):
         super().__init__(network.train().requires_grad_(True), average)
         self.clip = clip
         on_gpu = next(network.parameters()).device.type == "cuda"
-        self.recorded: dict[torch.Size, nn.Module] | None = {} if compiled and on_gpu else None
+        self.recorded: dict[torch.Size, Any] | None = {} if compiled and on_gpu else None
         if compiled:
             blocks = getattr(network, "named_blocks", None)
             for module in [block for *_, block in blocks()] if blocks else [network]:

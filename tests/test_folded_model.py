@@ -147,15 +147,17 @@ def test_padded_transforms_run_as_they_were_trained():
         models.set_arithmetic(model, "floating")
 
 
-def test_the_fastest_way_that_errs_little_is_chosen(monkeypatch):
+def test_a_gpu_folds_into_float16_where_that_errs_little(monkeypatch):
     block = quantized(torch.float32).layers[0].blocks[1]
-    forms = {mode: block.folded(mode) for mode in ("fold", "integer")}
-    times = iter([0.2] * 5 + [0.1] * 5 + [0.1] * 5 + [0.2] * 5 + [0.2] * 5 + [0.1] * 5)
-    monkeypatch.setattr(quant_swinir, "_seconds", lambda call: next(times))
-    assert quant_swinir.fastest(block, forms) == "integer"
-    assert quant_swinir.fastest(block, forms) == "fold"
-    wrong = forms["integer"]._replace(bias=5 * torch.randn_like(forms["integer"].bias))
-    assert quant_swinir.fastest(block, {**forms, "integer": wrong}) == "fold"
+    exact = block.folded("fold", torch.float32)
+    assert quant_swinir.error_of(exact, exact) < 1e-3
+    wrong = exact._replace(bias=100 * torch.randn_like(exact.bias))
+    assert quant_swinir.error_of(wrong, exact) > quant_swinir.LARGEST_ERROR
+    assert block._chosen(on_gpu=False).enter.weight.dtype == torch.float32
+    chosen = block._chosen(on_gpu=True)
+    assert (chosen.mode, chosen.enter.weight.dtype) == ("fold", torch.float16)
+    monkeypatch.setattr(quant_swinir, "LARGEST_ERROR", -1.0)
+    assert block._chosen(on_gpu=True).mode == "integer"
 
 
 def test_a_folded_model_still_tells_its_levels_and_gives_gradients():
