@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-# Measured on the device itself: bf16 products of 8192^3 on random data, and copies in device memory.
+# Measured on such a device, not in the same run: bf16 products of 8192^3 on random data, and large copies.
 CEILINGS = {"NVIDIA H200": (788e12, 4.3e12)}  # operations, bytes a second
 FLOAT = "float, compiled bf16"
 

@@ -103,7 +103,7 @@ class FloatTraining(AveragedTraining):
         compiled: bool = False,
     ):
         super().__init__(network.train().requires_grad_(True), average)
-        self.clip = clip
+        self.narrow, self.clip = _NarrowForward(network), clip
         on_gpu = next(network.parameters()).device.type == "cuda"
         self.recorded: dict[torch.Size, Any] | None = {} if compiled and on_gpu else None
         if compiled:
@@ -120,7 +120,7 @@ class FloatTraining(AveragedTraining):
 
     def _forward(self, lr: Tensor) -> Tensor:
         if self.recorded is None:
-            return _NarrowForward(self.network)(lr)
+            return self.narrow(lr)
         if lr.shape not in self.recorded:
             self.recorded[lr.shape] = torch.cuda.make_graphed_callables(
                 _NarrowForward(self.network), (lr.clone(),), allow_unused_input=True

@@ -43,7 +43,8 @@ def load_bias(table_ptr, token, head, heads, WINDOW: tl.constexpr):
 def load_rotation(
     ptr, SIZE: tl.constexpr, ORDER: tl.constexpr, WIDTH: tl.constexpr, WIDTH_OUT: tl.constexpr, TYPE
 ):
-    """A rotation (SIZE, ORDER) as a tile (WIDTH, WIDTH_OUT)."""
+    """A rotation (SIZE, ORDER) as a tile (WIDTH, WIDTH_OUT). Kernels ask whether there is one: Triton 3.6
+    has no function that returns None, alone or in a tuple."""
     row = tl.arange(0, WIDTH)[:, None]
     column = tl.arange(0, WIDTH_OUT)[None, :]
     inside = (row < SIZE) & (column < ORDER)

@@ -44,10 +44,7 @@ BYTES = 4096  # of x for each warp
 def _times_signs(x, signs, total):
     """total + x times signs; a float32 x goes through in three bf16 pieces, without loss."""
     if x.dtype == tl.float32:
-        high = x.to(tl.bfloat16)
-        rest = x - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        high, middle, low = tiles.split(x)
         total = tiles.dot(high, signs, tiles.dot(middle, signs, tiles.dot(low, signs, total)))
     else:  # Triton 3.6 compiles what comes after a return too
         total = tiles.dot(x, signs, total)

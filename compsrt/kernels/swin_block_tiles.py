@@ -99,15 +99,6 @@ def times(a, b):
 
 
 @triton.jit
-def split(x):
-    """A float32 tile as the sum of three of bf16."""
-    high = x.to(tl.bfloat16)
-    rest = x - high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
-
-
-@triton.jit
 def add_product(a, b, total):
     """total + a b in float32. One of them may hold codes in bf16 where the other is float32.
 
@@ -116,8 +107,8 @@ def add_product(a, b, total):
     part of b is read for all products with it, for fewer registers at a time.
     """
     if a.dtype == tl.float32 and b.dtype == tl.float32:
-        high, middle, low = split(a)
-        high_b, middle_b, low_b = split(b)
+        high, middle, low = tiles.split(a)
+        high_b, middle_b, low_b = tiles.split(b)
         total = tiles.dot(high, low_b, total)
         total = tiles.dot(high, middle_b, tiles.dot(middle, middle_b, total))
         total = tiles.dot(middle, high_b, tiles.dot(low, high_b, total))
@@ -125,10 +116,10 @@ def add_product(a, b, total):
     elif a.dtype == b.dtype:
         total = tiles.dot(a, b, total)
     elif a.dtype == tl.float32:
-        high, middle, low = split(a)
+        high, middle, low = tiles.split(a)
         total = tiles.dot(high, b, tiles.dot(middle, b, tiles.dot(low, b, total)))
     else:
-        high, middle, low = split(b)
+        high, middle, low = tiles.split(b)
         total = tiles.dot(a, high, tiles.dot(a, middle, tiles.dot(a, low, total)))
     return total
 
@@ -246,7 +237,7 @@ def parts(x, TYPE: tl.constexpr):
     if tl.float16 == TYPE:
         found = (x.to(tl.float16),)
     else:
-        high, middle, low = split(x)
+        high, middle, low = tiles.split(x)
         if tl.bfloat16 == TYPE:
             found = (middle, high)
         else:

@@ -35,6 +35,15 @@ def dot(a, b, total):
     return tl.dot(a, b, total, input_precision=FLOAT32_PRODUCT)
 
 
+@triton.jit
+def split(x):
+    """A float32 tile as the sum of three of bf16."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
 # --- Windows --------------------------------------------------------------------------------------
 
 APART = tl.constexpr(-100.0)  # added to the score of two tokens that the picture separates
