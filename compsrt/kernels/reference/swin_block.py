@@ -71,8 +71,8 @@ class _Operands(NamedTuple):
     """What a call makes of a FoldedBlock once for all windows, in the type it computes in."""
 
     folded: FoldedBlock  # with floating weights
-    enter: Tensor  # (C, 3 C) and (3 C,), for the inputs of q, k and v side by side
-    enter_bias: Tensor
+    inverse: Tensor  # 1/s and -z of the inputs of q, k and v, each (3, 1, 1)
+    zero: Tensor
     turn: Tensor | None  # T, and what makes codes of probabilities, but for grids of each head
     token: Tensor | None
     scalars: list[Tensor]  # as in HeadScalars, to be multiplied with (windows, heads, ...)
@@ -84,17 +84,16 @@ def _prepare(folded: FoldedBlock, dtype: torch.dtype) -> _Operands:
     linears = {
         k: v.floating(dtype) for k, v in folded._asdict().items() if isinstance(v, FoldedLinear)
     }
-    inverse, zero = folded.inputs.to(dtype).T[..., None]
+    inverse, zero = folded.inputs.to(dtype).T[..., None, None]
     scalars = [t.to(dtype).view(*t.shape[:-1], -1, 1, 1) for t in folded.scalars]
     query_zero, scores, _, _, inverse_attention, attention_zero = scalars[:6]
     if token is not None and attention_zero.numel() == 1:
         # The rows of a softmax sum to 1: a zero point is as well taken from T.
         token = token * inverse_attention[0] - attention_zero[0]
-    enter = linears["enter"]
     return _Operands(
         folded._replace(**linears),
-        (enter.weight * inverse[..., None]).flatten(0, 1).mT,
-        (enter.bias * inverse - zero).flatten(),
+        inverse,
+        -zero,
         turn,
         token,
         scalars,
@@ -122,10 +121,10 @@ def _windows(x: Tensor, operands: _Operands, biases: list[tuple[slice, Tensor]])
     count = len(x) // n
     _, scores, value_zero, attention, inverse, attention_zero = operands.scalars[:6]
     normed = F.layer_norm(x, (size,), eps=folded.eps[0])
-    codes = torch.addmm(operands.enter_bias, normed, operands.enter).unflatten(1, (3, size))
+    codes = torch.addcmul(operands.zero, F.linear(normed, *folded.enter[:2]), operands.inverse)
     of_heads = []
     for i, layer in enumerate((folded.query, folded.key, folded.value)):
-        tokens = _to_codes(codes[:, i], operands, SITES[i]).view(count, n, size)
+        tokens = _to_codes(codes[i], operands, SITES[i]).view(count, n, size)
         weight = layer.weight.expand(count, -1, -1)
         y = torch.baddbmm(layer.bias[:, None], weight, tokens.mT)
         y = y.view(count, heads, -1, n)
