@@ -116,11 +116,14 @@ def rows() -> dict[str, str]:
     return found | BEST
 
 
-def arguments_of(row: str, bits: int, seed: int, steps: int) -> list[str]:
+def arguments_of(
+    row: str, bits: int, seed: int, steps: int, best_steps: int | None = None
+) -> list[str]:
     """What compsrt.train is told for one run, without files."""
     filled = rows()[row].format(bits=bits, steps=steps)
     if row in BEST:
-        return f"{filled} --seed {seed}".split()
+        fewer = "" if best_steps is None else f" --steps {best_steps}"
+        return f"{filled}{fewer} --seed {seed}".split()
     return f"{PLAIN} --bits {bits} {COMMON} {filled} --seed {seed}".split()
 
 
@@ -140,6 +143,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200, help="of rows that train")
+    parser.add_argument("--best-steps", type=int, metavar="N",
+                        help="of the rows of compsrt-best (default: the recipe's)")  # fmt: skip
     parser.add_argument("--pictures", type=int, metavar="N",
                         help="score on no more of each test set, spread evenly (default: all)")  # fmt: skip
     parser.add_argument("--result", type=Path, metavar="FILE",
@@ -175,6 +180,8 @@ def _begin(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict
         "pictures": options.pictures,
         "common": COMMON,
     }
+    if options.best_steps is not None:
+        settings["best_steps"] = options.best_steps
     if options.result.exists():
         result = json.loads(options.result.read_text())
         if result["settings"] != settings:
@@ -201,7 +208,7 @@ def _run_all(options: argparse.Namespace) -> None:
 
     def find(row: str, bits: int, seed: int) -> dict[str, Any] | None:
         """The run that is there, or one of another row that was told the same."""
-        told = None if row == "float" else " ".join(arguments_of(row, bits, seed, options.steps))
+        told = None if row == "float" else " ".join(_told(options, row, bits, seed))
         runs = json.loads(options.result.read_text())["runs"]
         found = [r for r in runs if _key(r) == (row, bits, seed)]
         return next(iter(found + [r for r in runs if told and r.get("arguments") == told]), None)
@@ -227,7 +234,7 @@ def some(pairs: list[Any], count: int | None) -> list[Any]:
 def _run(options, sets, scale: int, row: str, bits: int, seed: int) -> dict[str, Any]:
     name = re.sub(r"\W+", "-", f"{row}-{bits}bit-seed{seed}")
     folder = options.models / name
-    arguments = arguments_of(row, bits, seed, options.steps)
+    arguments = _told(options, row, bits, seed)
     files = ["--weights", options.weights, "--train", options.train, "--output", str(folder)]
     began = time.perf_counter()
     there = folder.exists() and any(folder.iterdir())
@@ -246,6 +253,10 @@ def _run(options, sets, scale: int, row: str, bits: int, seed: int) -> dict[str,
         "validation_psnr": made.get("validation_psnr"),
         **_figures(scored),
     }
+
+
+def _told(options: argparse.Namespace, row: str, bits: int, seed: int) -> list[str]:
+    return arguments_of(row, bits, seed, options.steps, options.best_steps)
 
 
 def _key(run: dict[str, Any]) -> tuple[str, int, int]:

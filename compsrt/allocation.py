@@ -1,8 +1,9 @@
 """Bits of every site under a budget: what matters more for the picture gets more of them.
 
 Sensitivity: with one site quantized at the reference bits and all others float, the picture's mean
-squared difference from the float network's is measured, one forward pass a site; at b bits it is taken
-to change as the least squared error of the site's tensor does, which `search_bounds` gives exactly.
+squared difference from the float network's is measured, one forward pass a site, from its block on; at
+b bits it is taken to change as the least squared error of the site's tensor does, which `search_bounds`
+gives exactly.
 
 Budget: the least sum of these differences whose mean number of bits is at most the average asked for,
 an exact dynamic program over whole numbers of bits. The mean is counted twice: weights, by their
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
+from .blockwise import computed_by, given, recorded
+from .models.quant_swinir import QuantSwinBlock
 from .quantization import QuantSpec
 from .quantizers import Quantizer, WeightQuantizer, looks_one_sided, named_quantizers, observed
 
@@ -105,6 +109,8 @@ def _errors(
     """The picture's error at 1 to 8 bits, and the cost of a bit, of each wanted site."""
     local: dict[Quantizer, np.ndarray] = {}
     sizes: dict[Quantizer, int] = {}
+    before: dict[Quantizer, int] = {}  # the number of blocks that have run when a site is met
+    outputs: dict[nn.Module, Tensor] = {}
     named = set(wanted.values())
 
     def look(site: Quantizer, x: Tensor) -> None:
@@ -112,15 +118,18 @@ def _errors(
             weight = isinstance(site, WeightQuantizer)
             sizes[site] = x.numel() * (1 if weight else site.products)
             local[site] = _local_errors(site, x)
+            before[site] = len(outputs)
 
     def only(this: Quantizer) -> Any:
         return lambda site, x: site.quantize(x) if site is this else None
 
-    with observed(sites.values(), look):
+    blocks = [m for m in model.modules() if isinstance(m, QuantSwinBlock)]
+    with observed(sites.values(), look), recorded(blocks, outputs):
         target = model(pictures)
     errors = {}
     for name, site in wanted.items():
-        with observed(sites.values(), only(site)):
+        kept = given(dict(islice(outputs.items(), before[site])))
+        with observed(sites.values(), only(site)), computed_by(kept):
             error = float((model(pictures) - target).square().mean())
         reference = max(local[site][site.bits - 1], 1e-30)
         errors[name] = error * local[site] / reference

@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .blockwise import computed_by, given, recorded
+from .models.quant_swinir import QuantSwinBlock
 from .quantizers import Quantizer, WeightQuantizer, named_quantizers, observed, round_to_storage
 
 ROWS = 16_384  # of an operand that are looked at: 30 for each column of the widest layer, 540
@@ -43,7 +45,8 @@ class _Enough(Exception):
 def round_for_outputs(model: nn.Module, pictures: Tensor) -> None:
     """Move the weights and biases of a calibrated model so that their codes serve the outputs.
 
-    pictures: (B, 3, H, W) in [0, 1]. One forward pass to each group of layers that share their input.
+    pictures: (B, 3, H, W) in [0, 1]. One forward pass to each group of layers that share their input,
+    from its block on: the blocks before it are what they will be.
     """
     layers = [m for m in model.modules() if isinstance(getattr(m, "weight", None), WeightQuantizer)]
     every = [site for _, site in named_quantizers(model)]
@@ -54,8 +57,13 @@ def round_for_outputs(model: nn.Module, pictures: Tensor) -> None:
         if not groups or targets[groups[-1][-1]] is not x:
             groups.append([])
         groups[-1].append(layer)
+    blocks = [m for m in model.modules() if isinstance(m, QuantSwinBlock)]
+    outputs: dict[nn.Module, Tensor] = {}
     for group in groups:
-        operands = _operands(model, pictures, group, activations, lambda site, x: site.quantize(x))
+        with recorded(blocks, outputs), computed_by(given(outputs)):
+            operands = _operands(
+                model, pictures, group, activations, lambda site, x: site.quantize(x)
+            )
         for layer in group:
             _fit(layer, targets.pop(layer).double().mean(0), operands[layer].double())
     round_to_storage(model)

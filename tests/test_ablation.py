@@ -9,6 +9,7 @@ import pytest
 from networks import tiny_swinir, write_pictures
 
 from compsrt import train
+from compsrt.recipes import RECIPES
 from compsrt.checkpoint import save_float
 
 PATH = Path(__file__).resolve().parents[1] / "benchmarks" / "ablation.py"
@@ -28,6 +29,10 @@ def test_every_row_is_understood(row):
     assert options.seed == 1
     if row not in ablation.BEST:
         assert options.steps == (50 if "compsrt" in words else 0)
+    else:
+        assert options.steps == RECIPES["compsrt-best"].steps
+        words = ablation.arguments_of(row, 3, 1, 50, best_steps=7)
+        assert train._parse([*words, "--weights", "a", "--train", "b"]).steps == 7
 
 
 def test_sums_add_one_lever_after_the_other():

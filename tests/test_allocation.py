@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from networks import tiny_swinir
 
+from compsrt import allocation
 from compsrt.allocation import CHOICES, spend
 from compsrt.calibration import quantize
 from compsrt.checkpoint import count_levels, load, save_packed, size_report
@@ -94,3 +95,20 @@ def test_mixed_bits_err_less_than_equal_ones():
             for spec in (QuantSpec(bits=3), QuantSpec(bits=3, average_bits=3))
         ]
     assert errors[1] < 0.7 * errors[0]
+
+
+@torch.no_grad()
+def test_passes_from_a_block_on_tell_what_whole_passes_do(monkeypatch):
+    pictures = torch.rand(2, 3, 16, 16)
+    network = tiny_swinir(depths=(2, 2), num_heads=(2, 2), mlp_hidden=(48, 48))
+    model = quantize(network, QuantSpec(bits=3, convolution_bits=6), pictures)
+    sites = dict(named_quantizers(model))
+    found, sizes = allocation._errors(model, sites, sites, pictures)
+    kept = []
+    monkeypatch.setattr(allocation, "given", lambda outputs: kept.append(len(outputs)) or {})
+    whole, same_sizes = allocation._errors(model, sites, sites, pictures)
+    assert kept == sorted(kept)
+    assert set(kept) == {0, 1, 2, 3, 4}
+    assert sizes == same_sizes
+    assert found.keys() == whole.keys()
+    assert all((found[name] == whole[name]).all() for name in found)

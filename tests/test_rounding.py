@@ -92,3 +92,16 @@ def test_a_network_errs_less_on_other_pictures_and_packs_exactly(network, fields
 def test_an_unknown_rounding_is_named():
     with pytest.raises(ValueError, match=r"rounding: 'gptq' is unknown; one of nearest, output"):
         QuantSpec(rounding="gptq")
+
+
+def test_passes_from_a_block_on_give_what_whole_passes_do(monkeypatch):
+    pictures = torch.rand(2, 3, 16, 16)
+    spec = QuantSpec(bits=3, rounding="output", convolution_bits=6)
+    network = tiny_swinir(depths=(2, 2), num_heads=(2, 2), mlp_hidden=(48, 48))
+    found = quantize(network, spec, pictures).state_dict()
+    calls = []
+    monkeypatch.setattr(rounding, "given", lambda outputs: calls.append(len(outputs)) or {})
+    whole = quantize(network, spec, pictures).state_dict()
+    assert calls[0] == 0
+    assert calls[-1] == 4
+    assert all(torch.equal(found[name], whole[name]) for name in found)
