@@ -9,8 +9,8 @@ import pytest
 from networks import tiny_swinir, write_pictures
 
 from compsrt import train
-from compsrt.recipes import RECIPES
 from compsrt.checkpoint import save_float
+from compsrt.recipes import RECIPES
 
 PATH = Path(__file__).resolve().parents[1] / "benchmarks" / "ablation.py"
 specification = importlib.util.spec_from_file_location("ablation", PATH)
