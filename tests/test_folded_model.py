@@ -16,9 +16,11 @@ from networks import tiny_swinir
 import compsrt
 from compsrt import checkpoint, data, inference, metrics, models
 from compsrt.models import quant_swinir
+from compsrt.models.quant_swinir import QuantSwinBlock
 from compsrt.models.replay import Recording, Replay
 from compsrt.models.swinir import mirror_to_multiple
 from compsrt.quantization import QuantSpec
+from compsrt.quantizers import named_quantizers
 
 SIZES = [(8, 8), (64, 48), (177, 93)]
 
@@ -95,23 +97,23 @@ def test_float_fake_quantized_packed_and_folded_agree_on_real_weights(shared, tm
     pairs = data.find_pairs(shared / "data/Set5", 2)
     original = checkpoint.load(shared / "assets/swinir_nano_x2.safetensors")
     crops = torch.cat([data.to_tensor(data.load_pair(p, 2)[0][:48, :48]) for p in pairs])
-    student = compsrt.quantize(original, QuantSpec(bits=4), crops)
+    student = compsrt.quantize(original, QuantSpec(bits=4, convolution_bits=6), crops)
     path = tmp_path / "packed.safetensors"
     checkpoint.save_packed(student, path)
     reference = checkpoint.load(path, arithmetic="reference")
     folded = checkpoint.load(path)
-    half = checkpoint.load(path, dtype=torch.float16)
+    halves = {str(d): checkpoint.load(path, dtype=d) for d in (torch.float16, torch.bfloat16)}
     assert_folded(folded)
     assert torch.equal(reference(crops), student(crops))
     scores = {}
-    for name, model in [("reference", reference), ("folded", folded), ("half", half)]:
+    for name, model in {"reference": reference, "folded": folded, **halves}.items():
         values = []
         for pair in pairs:
             lr, hr = data.load_pair(pair, 2)
             values.append(metrics.psnr(inference.enlarge(model, lr), hr, crop=2))
         scores[name] = np.mean(values)
-    assert abs(scores["folded"] - scores["reference"]) < 0.01
-    assert abs(scores["half"] - scores["reference"]) < 0.01
+    for name, score in scores.items():
+        assert abs(score - scores["reference"]) < 0.01, name
     assert scores["reference"] > 36  # float: 36.95
 
 
@@ -133,6 +135,19 @@ def test_half_precision_leaves_scalars_and_stream_alone():
         assert got.dtype == dtype and torch.isfinite(got).all()
         error = (got.float() - want).norm() / (want - want.mean()).norm()
         assert error < 0.2, f"{dtype}: {error:.3f}"
+
+
+def test_half_precision_leaves_scales_of_convolutions_alone():
+    model = quantized(torch.float32, QuantSpec(bits=4, convolution_bits=6))
+    steps = [site.step.clone() for _, site in named_quantizers(model)]
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    assert all(map(torch.equal, steps, (site.step for _, site in named_quantizers(half))))
+    assert half.conv_after_body.bias.dtype == torch.float32
+    assert half.norm.weight.dtype == torch.bfloat16
+    # Moved once more, as to a device, they are what they were asked to be.
+    assert {b.dtype for b in half.to("cpu").modules() if isinstance(b, QuantSwinBlock)} == {
+        torch.bfloat16
+    }
 
 
 def test_padded_transforms_run_as_they_were_trained():

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,13 +52,12 @@ from .replay import Replay, said
 
 # How a block computes. "reference": quantizer by quantizer, as it is trained; "fold": codes times
 # matrices that hold everything else; "integer": codes times codes, exact; "auto": folded where that
-# can be; on a GPU with matrices of the weights' half type, of float16 beside float32 weights. A block
-# whose error that makes too large is one of integers there, which take an H200 2.5 times as long.
+# can be; on a GPU with matrices of float16, whatever type the weights have: bfloat16 errs more, takes
+# two products where float16 takes one, and is no faster. A block whose error float16 makes too large is
+# one of integers there, which take an H200 2.5 times as long.
 ARITHMETICS = ("auto", "fold", "integer", "reference")
-# Of what a block adds. Codes at ties that a half type rounds the other way stay below it: in blocks of
-# compsrt-best at 4 and 2 bits float16 errs by 0.03 to 0.11 and bfloat16 by 0.04 to 0.21, on random
-# tokens. What bfloat16 loses in a picture does not come from there: with integers in the blocks that
-# err by more than 0.1 it loses as much. A wrong kernel errs by more.
+# Of what a block adds. Codes at ties that float16 rounds the other way stay below it: blocks of
+# compsrt-best at 4 and 2 bits err by 0.03 to 0.11 on random tokens. A wrong kernel errs by more.
 LARGEST_ERROR = 0.25
 
 # Of relative-position tables. On the nano model, everything else float, its picture is then 98.8 dB
@@ -202,14 +202,8 @@ class QuantSwinBlock(nn.Module):
         self._folded: kernels.FoldedBlock | None = None
 
     def _apply(self, fn, recurse=True):
-        # Scalars rounded to a half type would move the bounds, so a block is float32 at least.
-        def widened(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if tensor.is_floating_point():
-                self.dtype = moved.dtype
-            return tensor.to(moved.device, wide(moved.dtype)) if moved.dtype in HALVES else moved
-
-        super()._apply(widened, recurse)
+        self.dtype = fn(self.norm1.weight.new_empty(0, dtype=self.dtype)).dtype
+        super()._apply(_widened(fn), recurse)
         self.set_arithmetic(self.arithmetic)
         return self
 
@@ -239,7 +233,7 @@ class QuantSwinBlock(nn.Module):
             return None
         if not on_gpu or exact != torch.float32:
             return folded
-        narrow = self.folded("fold", self.dtype if self.dtype in HALVES else torch.float16)
+        narrow = self.folded("fold", torch.float16)
         if said("first block", self.norm1.weight.device, error_of, narrow, folded) <= LARGEST_ERROR:
             return narrow
         with contextlib.suppress(ValueError):
@@ -397,6 +391,16 @@ def set_arithmetic(model: nn.Module, arithmetic: str) -> None:
         model.replay = None if arithmetic == "reference" else Replay()
 
 
+def _widened(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """fn, which moves or converts, with float32 for a half type: that would move bounds and scales."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        found = fn(tensor)
+        return tensor.to(found.device, wide(found.dtype)) if found.dtype in HALVES else found
+
+    return moved
+
+
 def _norm(norm: nn.LayerNorm) -> kernels.LayerNormWeights:
     return kernels.LayerNormWeights(norm.weight, norm.bias, norm.eps)
 
@@ -428,6 +432,9 @@ def _multiply_observed(
 
 class _WeightConv2d(QuantConv2d):
     """A convolution with quantized weights and a float input, fused as `layers.convolve` is."""
+
+    def _apply(self, fn, recurse=True):
+        return super()._apply(_widened(fn), recurse)
 
     def forward(self, x: Tensor, **fused: Any) -> Tensor:
         site = self.weight
