@@ -2,16 +2,17 @@
 
 The residual stream of a transformer outgrows float16 (above 65,504 it becomes infinite, and the
 picture black) and its sum outgrows bfloat16's 8 bits. So the stream stays float32, whatever type the
-weights have, and only what enters a product is narrowed. A convolution is `kernels.convolve`, which
+weights have, and only what enters a product is narrowed; what scales whole channels (`widened`) is no
+matrix and stays as exact. A convolution is `kernels.convolve`, which
 may take in what surrounds it; with gradients, or on a CPU, that is PyTorch's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
@@ -24,14 +25,21 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALVES else dtype
 
 
-class LayerNorm(nn.LayerNorm):
-    """A layer norm of half weights with a wider input, in the input's type."""
+def widened(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """For `Module._apply`: fn, which moves or converts, with float32 where that gives a half type."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.weight.dtype not in HALVES or x.dtype == self.weight.dtype:
-            return super().forward(x)
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+    def moved(tensor: Tensor) -> Tensor:
+        found = fn(tensor)
+        return tensor.to(found.device, wide(found.dtype)) if found.dtype in HALVES else found
+
+    return moved
+
+
+class LayerNorm(nn.LayerNorm):
+    """A layer norm whose weights are float32 at least, in any network."""
+
+    def _apply(self, fn, recurse=True):
+        return super()._apply(widened(fn), recurse)
 
 
 class Conv2d(nn.Conv2d):

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ from ..quantizers import (
 )
 from ..transforms import next_power_of_two, transform_matrix
 from . import swinir
-from .layers import HALVES, convolve, wide
+from .layers import convolve, wide, widened
 from .quant_sesr import QuantConv2d
 from .replay import Replay, said
 
@@ -203,7 +202,7 @@ class QuantSwinBlock(nn.Module):
 
     def _apply(self, fn, recurse=True):
         self.dtype = fn(self.norm1.weight.new_empty(0, dtype=self.dtype)).dtype
-        super()._apply(_widened(fn), recurse)
+        super()._apply(widened(fn), recurse)
         self.set_arithmetic(self.arithmetic)
         return self
 
@@ -391,16 +390,6 @@ def set_arithmetic(model: nn.Module, arithmetic: str) -> None:
         model.replay = None if arithmetic == "reference" else Replay()
 
 
-def _widened(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """fn, which moves or converts, with float32 for a half type: that would move bounds and scales."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        found = fn(tensor)
-        return tensor.to(found.device, wide(found.dtype)) if found.dtype in HALVES else found
-
-    return moved
-
-
 def _norm(norm: nn.LayerNorm) -> kernels.LayerNormWeights:
     return kernels.LayerNormWeights(norm.weight, norm.bias, norm.eps)
 
@@ -434,7 +423,7 @@ class _WeightConv2d(QuantConv2d):
     """A convolution with quantized weights and a float input, fused as `layers.convolve` is."""
 
     def _apply(self, fn, recurse=True):
-        return super()._apply(_widened(fn), recurse)
+        return super()._apply(widened(fn), recurse)
 
     def forward(self, x: Tensor, **fused: Any) -> Tensor:
         site = self.weight

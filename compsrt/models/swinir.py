@@ -151,7 +151,7 @@ class SwinBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape
         size = height, width, self.window, self.shift
-        dtype = self.norm1.weight.dtype
+        dtype = self.attn.qkv.weight.dtype
         windows = to_windows(self.norm1(x).to(dtype), self.window, self.shift)
         x = x + from_windows(self.attn(windows, size), *size)
         return x + self.mlp(self.norm2(x).to(dtype))

@@ -73,7 +73,7 @@ class FoldedBlock(NamedTuple):
     key: FoldedLinear
     value: FoldedLinear
     bias: Tensor  # (heads, N, N), the relative-position bias over s_qk
-    token: Tensor | None  # (N, N): T^T
+    token: Tensor | None  # (N, N): T^T, of integers in bfloat16 where that is exact
     scalars: HeadScalars
     merge: FoldedLinear  # (C', heads * d), to the codes of proj's input
     proj: FoldedLinear  # (C, C')
@@ -323,6 +323,13 @@ def fold_block(
     return _stored(block, dtype)
 
 
+def _rotation(matrix: Tensor, mode: str, dtype: torch.dtype) -> Tensor:
+    """Beside codes in bfloat16 if that is exact, as for a Hadamard matrix of 4^k: half the products."""
+    narrow = matrix.to(torch.bfloat16)
+    exact = mode == "integer" and torch.equal(narrow.to(matrix.dtype), matrix)
+    return (narrow if exact else matrix.to(dtype)).contiguous()
+
+
 def _stored(block: FoldedBlock, dtype: torch.dtype) -> FoldedBlock:
     """Matrices in dtype, vectors in float32 at least, codes as they are."""
     wide = torch.float32 if dtype.itemsize < 4 else dtype
@@ -341,6 +348,6 @@ def _stored(block: FoldedBlock, dtype: torch.dtype) -> FoldedBlock:
         inputs=block.inputs.to(wide),
         limits=block.limits.to(wide),
         bias=block.bias.to(wide).contiguous(),
-        token=None if block.token is None else block.token.to(dtype).contiguous(),
+        token=None if block.token is None else _rotation(block.token, block.mode, dtype),
         scalars=HeadScalars._make(t.to(wide).contiguous() for t in block.scalars),
     )
