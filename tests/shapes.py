@@ -54,6 +54,7 @@ REFERENCES = (
     "enlarge_by_convolutions",
     "fake_quantize",
     "hadamard_transform",
+    "layer_norm",
     "masked_matmul",
     "quant_linear",
     "quant_mlp",

@@ -287,3 +287,22 @@ def test_a_device_gives_the_same_picture_recorded_or_not(arithmetic):
         assert (got - want).norm() / (want - want.mean()).norm() < 0.05
     if arithmetic != "reference":
         assert len(model.replay._recordings) == 1
+
+
+@pytest.mark.parametrize("bits", [None, 6])
+def test_weights_of_convolutions_are_made_ready_once_and_saved_as_they_were(tmp_path, bits):
+    model = quantized(torch.float32, QuantSpec(convolution_bits=bits))
+    first, again = tmp_path / "first.safetensors", tmp_path / "again.safetensors"
+    checkpoint.save_packed(model, first)
+    loaded = checkpoint.load(first)
+    held = loaded.conv_after_body.weight if bits is None else loaded.conv_after_body._run[0]
+    assert held.is_contiguous(memory_format=torch.channels_last)
+    if bits is not None:
+        with torch.no_grad():
+            loaded.conv_after_body.weight.upper += 1
+        assert torch.equal(held, loaded.conv_after_body._run[0])
+        models.set_arithmetic(loaded, "auto")
+        assert not torch.equal(held, loaded.conv_after_body._run[0])
+        loaded = checkpoint.load(first)
+    checkpoint.save_packed(loaded, again)
+    assert again.read_bytes() == first.read_bytes()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .hadamard_fake_quant import hadamard_fake_quantize
     from .linear import masked_matmul, quant_linear, quant_linears
     from .mlp import quant_mlp
+    from .norm import layer_norm
     from .reference import (
         ConvStack,
         FoldedBlock,
@@ -51,6 +52,7 @@ __all__ = [
     "fold_block",
     "hadamard_fake_quantize",
     "hadamard_transform",
+    "layer_norm",
     "masked_matmul",
     "pack_weight",
     "quant_linear",
@@ -70,6 +72,7 @@ _FILES = {  # of the ops that have a kernel; all else is in reference/
     "fake_quantize": "fake_quant",
     "hadamard_fake_quantize": "hadamard_fake_quant",
     "hadamard_transform": "hadamard",
+    "layer_norm": "norm",
     "masked_matmul": "linear",
     "quant_linear": "linear",
     "quant_linears": "linear",

@@ -39,6 +39,7 @@ OPS = (  # files that have examples()
     "hadamard",
     "hadamard_fake_quant",
     "bounds",
+    "norm",
     "linear",
     "mlp",
     "attention",

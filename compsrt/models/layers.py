@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
+from ..kernels import LayerNormWeights
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -36,10 +37,13 @@ def widened(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 class LayerNorm(nn.LayerNorm):
-    """A layer norm whose weights are float32 at least, in any network."""
+    """A layer norm whose weights are float32 at least, in any network; see `kernels.layer_norm`."""
 
     def _apply(self, fn, recurse=True):
         return super()._apply(widened(fn), recurse)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.layer_norm(x, LayerNormWeights(self.weight, self.bias, self.eps))
 
 
 class Conv2d(nn.Conv2d):
@@ -47,6 +51,11 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor, **fused: Any) -> Tensor:
         return convolve(x, self.weight, self.bias, **fused)
+
+
+def as_read(weight: Tensor) -> Tensor:
+    """A convolution's weight in the order in which a token is multiplied with it: channels last."""
+    return weight.contiguous(memory_format=torch.channels_last)
 
 
 def convolve(

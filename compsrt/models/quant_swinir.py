@@ -45,7 +45,7 @@ from ..quantizers import (
 )
 from ..transforms import next_power_of_two, transform_matrix
 from . import swinir
-from .layers import convolve, wide, widened
+from .layers import as_read, convolve, wide, widened
 from .quant_sesr import QuantConv2d
 from .replay import Replay, said
 
@@ -378,16 +378,23 @@ def error_of(folded: kernels.FoldedBlock, exact: kernels.FoldedBlock) -> float:
 def set_arithmetic(model: nn.Module, arithmetic: str) -> None:
     """`QuantSwinBlock.set_arithmetic` of all blocks of a model; of models without them, nothing.
 
-    On a CUDA device a folded model is captured and replayed (`Replay`).
+    The weights of its convolutions are made ready too. On a CUDA device a folded model is captured and
+    replayed (`Replay`).
     """
     if arithmetic not in ARITHMETICS:
         raise ValueError(f"arithmetic: {arithmetic!r} is unknown; one of {', '.join(ARITHMETICS)}")
     blocks = [module for module in model.modules() if isinstance(module, QuantSwinBlock)]
     for block in blocks:
         block.set_arithmetic(arithmetic)
-    if blocks:
-        assert isinstance(model, swinir.SwinIR)
-        model.replay = None if arithmetic == "reference" else Replay()
+    if not blocks:
+        return
+    assert isinstance(model, swinir.SwinIR)
+    model.replay = None if arithmetic == "reference" else Replay()
+    for module in model.modules():
+        if isinstance(module, _WeightConv2d):
+            module.set_arithmetic(arithmetic)
+        elif isinstance(module, nn.Conv2d):
+            module.weight.data = as_read(module.weight.data)
 
 
 def _norm(norm: nn.LayerNorm) -> kernels.LayerNormWeights:
@@ -422,19 +429,38 @@ def _multiply_observed(
 class _WeightConv2d(QuantConv2d):
     """A convolution with quantized weights and a float input, fused as `layers.convolve` is."""
 
+    def __init__(self, convolution: nn.Conv2d, spec: QuantSpec, bits: int):
+        super().__init__(convolution, spec, bits)
+        self.arithmetic = "reference"
+        self._run: tuple[Tensor, Tensor | None] | None = None
+
     def _apply(self, fn, recurse=True):
-        return super()._apply(widened(fn), recurse)
+        super()._apply(widened(fn), recurse)
+        self.set_arithmetic(self.arithmetic)
+        return self
+
+    @torch.no_grad()
+    def set_arithmetic(self, arithmetic: str) -> None:
+        """What the weight is multiplied as from now on, as it is now; "reference": as it is trained."""
+        self.arithmetic, self._run = arithmetic, None
+        site = self.weight
+        if arithmetic == "reference" or site.lower.is_meta:
+            return
+        scale = None
+        if site.integers is not None and site.bits > 1 and site.integers.is_cuda:
+            grid = site.grid()
+            scale = kernels.step_and_zero(*grid[:4], grid.bits)[0].flatten()
+            # The middle of the codes is 0: they are stored as they are and centred here.
+            weight = (site.integers.to(torch.int16) - (2 ** (site.bits - 1) - 1)).to(torch.int8)
+        else:
+            weight = site()
+        self._run = as_read(weight.unflatten(1, self.shape)), scale
 
     def forward(self, x: Tensor, **fused: Any) -> Tensor:
-        site = self.weight
-        if site.integers is None or site.bits == 1 or not x.is_cuda:  # bit for bit as trained
-            return convolve(x, site().unflatten(1, self.shape), self.bias, **fused)
-        grid = site.grid()
-        scale = kernels.step_and_zero(*grid[:4], grid.bits)[0].flatten()
-        # The middle of the codes is 0: they are stored as they are and centred here.
-        codes = (site.integers.to(torch.int16) - (2 ** (site.bits - 1) - 1)).to(torch.int8)
-        codes = codes.unflatten(1, self.shape)
-        return convolve(x, codes, self.bias, scale=scale, **fused)
+        if self._run is None:
+            return convolve(x, self.weight().unflatten(1, self.shape), self.bias, **fused)
+        weight, scale = self._run
+        return convolve(x, weight, self.bias, scale=scale, **fused)
 
 
 def _swap_convolutions(model: nn.Module, spec: QuantSpec, bits: int) -> None:
