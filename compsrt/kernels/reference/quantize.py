@@ -333,6 +333,16 @@ def sort_rows(x: Tensor) -> Tensor:
     )
 
 
+def _prefix_sums(rows: Tensor) -> Tensor:
+    """The sums of the first 0 to N entries of every row (R, N): (R, N + 1) in float64."""
+    sums = rows.new_zeros(len(rows), rows.shape[1] + 1, dtype=torch.float64)
+    if rows.device.type == "cpu":  # NumPy takes a third of the time of torch.cumsum
+        np.cumsum(rows.numpy(), axis=1, dtype=np.float64, out=sums.numpy()[:, 1:])
+    else:
+        torch.cumsum(rows, 1, dtype=torch.float64, out=sums[:, 1:])
+    return sums
+
+
 def search_bounds(
     x: Tensor,
     bits: int,
@@ -365,7 +375,7 @@ def search_bounds(
     from_below = least.expand_as(shrink), greatest - 2 * shrink
     kinds = {False: [two_sided], True: [from_below], None: [two_sided, from_below]}[one_sided]
     code = torch.arange(levels, dtype=torch.float64, device=x.device)
-    all_sums = torch.nn.functional.pad(rows.cumsum(1, dtype=torch.float64), (1, 0))
+    all_sums = _prefix_sums(rows)
     squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
 
     def best_of(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
