@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -30,8 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .blockwise import computed_by, given, recorded
-from .models.quant_swinir import QuantSwinBlock
+from .blockwise import Outputs, recorded, skipped
 from .quantization import QuantSpec
 from .quantizers import Quantizer, WeightQuantizer, looks_one_sided, named_quantizers, observed
 
@@ -109,8 +107,8 @@ def _errors(
     """The picture's error at 1 to 8 bits, and the cost of a bit, of each wanted site."""
     local: dict[Quantizer, np.ndarray] = {}
     sizes: dict[Quantizer, int] = {}
-    before: dict[Quantizer, int] = {}  # the number of blocks that have run when a site is met
-    outputs: dict[nn.Module, Tensor] = {}
+    outputs: Outputs = {}
+    before: dict[Quantizer, Outputs] = {}  # what has run when a site is met
     named = set(wanted.values())
 
     def look(site: Quantizer, x: Tensor) -> None:
@@ -118,18 +116,16 @@ def _errors(
             weight = isinstance(site, WeightQuantizer)
             sizes[site] = x.numel() * (1 if weight else site.products)
             local[site] = _local_errors(site, x)
-            before[site] = len(outputs)
+            before[site] = dict(outputs)
 
     def only(this: Quantizer) -> Any:
         return lambda site, x: site.quantize(x) if site is this else None
 
-    blocks = [m for m in model.modules() if isinstance(m, QuantSwinBlock)]
-    with observed(sites.values(), look), recorded(blocks, outputs):
+    with observed(sites.values(), look), recorded(model, outputs):
         target = model(pictures)
     errors = {}
     for name, site in wanted.items():
-        kept = given(dict(islice(outputs.items(), before[site])))
-        with observed(sites.values(), only(site)), computed_by(kept):
+        with observed(sites.values(), only(site)), skipped(before[site]):
             error = float((model(pictures) - target).square().mean())
         reference = max(local[site][site.bits - 1], 1e-30)
         errors[name] = error * local[site] / reference

@@ -444,7 +444,15 @@ def count_levels(model: nn.Module, x: Tensor) -> dict[str, int]:
         levels[names[site]] = max(row.unique().numel() for row in rows)
         return output
 
-    # An observed quantizer is part of no fused product.
-    with observed(names, quantize_and_count):
-        model(x)
+    network: Any = model
+    replay = getattr(model, "replay", None)
+    if replay is not None:  # what it has recorded observes nothing
+        network.replay = None
+    try:
+        # An observed quantizer is part of no fused product.
+        with observed(names, quantize_and_count):
+            network(x)
+    finally:
+        if replay is not None:
+            network.replay = replay
     return levels

@@ -29,8 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blockwise import computed_by, given, recorded
-from .models.quant_swinir import QuantSwinBlock
+from .blockwise import Outputs, recorded, skipped
 from .quantizers import Quantizer, WeightQuantizer, named_quantizers, observed, round_to_storage
 
 ROWS = 16_384  # of an operand that are looked at: 30 for each column of the widest layer, 540
@@ -57,10 +56,9 @@ def round_for_outputs(model: nn.Module, pictures: Tensor) -> None:
         if not groups or targets[groups[-1][-1]] is not x:
             groups.append([])
         groups[-1].append(layer)
-    blocks = [m for m in model.modules() if isinstance(m, QuantSwinBlock)]
-    outputs: dict[nn.Module, Tensor] = {}
+    outputs: Outputs = {}
     for group in groups:
-        with recorded(blocks, outputs), computed_by(given(outputs)):
+        with recorded(model, outputs), skipped(dict(outputs)):
             operands = _operands(
                 model, pictures, group, activations, lambda site, x: site.quantize(x)
             )

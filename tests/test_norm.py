@@ -30,12 +30,12 @@ def weights(size: int, device: str = "cpu", dtype: torch.dtype = torch.float32):
     return LayerNormWeights(*vectors, 1e-3)
 
 
-def check(device, x):
+def check(device, x, of_weights=torch.float32):
     size, dtype = x.shape[-1], x.dtype
-    exact = reference.layer_norm(x.double(), weights(size))
-    by_torch = reference.layer_norm(x, weights(size))
+    exact = reference.layer_norm(x.double(), weights(size, dtype=of_weights))
+    by_torch = reference.layer_norm(x, weights(size, dtype=of_weights))
     with triton_only():
-        found = kernels.layer_norm(x.to(device), weights(size, device))
+        found = kernels.layer_norm(x.to(device), weights(size, device, of_weights))
     assert found.dtype == dtype
     assert found.is_contiguous()
     assert_as_good(found, by_torch, exact, UNIT[dtype])
@@ -46,11 +46,12 @@ def check(device, x):
 @given(
     shape=st.sampled_from([*SMALL, (65, 60), (3, 180), (2, 1024), (7, 1000)]),
     dtype=st.sampled_from(TYPES),
+    of_weights=st.sampled_from(TYPES),
     offset=st.sampled_from([0.0, 3.0]),
     seed=st.integers(0, 99),
 )
-def test_types_and_shapes(device, shape, dtype, offset, seed):
-    check(device, (randn(*shape, seed=seed) + offset).to(dtype))
+def test_types_and_shapes(device, shape, dtype, of_weights, offset, seed):
+    check(device, (randn(*shape, seed=seed) + offset).to(dtype), of_weights)
 
 
 @on_each_device
@@ -66,7 +67,7 @@ def test_a_stream_that_half_types_cannot_hold(device):
 
 
 @on_each_device
-def test_gradients_and_wide_tokens_are_pytorch_s(device, monkeypatch):
+def test_gradients_wide_tokens_and_compiled_code_are_pytorch_s(device, monkeypatch):
     monkeypatch.setattr(norm, "_forward", None)
     monkeypatch.setenv("COMPSRT_KERNELS", "triton")
     (x,) = leaves([randn(5, 12, seed=0)], device)
@@ -76,6 +77,8 @@ def test_gradients_and_wide_tokens_are_pytorch_s(device, monkeypatch):
     with pytest.raises(TypeError):
         kernels.layer_norm(x.detach(), weight)
     kernels.layer_norm(torch.randn(2, 1025, device=device), weights(1025, device))
+    compiled = torch.compile(kernels.layer_norm, backend="eager", fullgraph=True)
+    compiled(x.detach(), weight)
 
 
 @on_each_device

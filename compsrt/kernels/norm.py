@@ -4,8 +4,9 @@
 
 x: (..., K). PyTorch gives each token a block of threads, of which tokens of 60 channels leave most
 idle; here a program takes ROWS whole tokens. Everything is float32 in registers. Most norms of a
-network are part of another launch (`quant_linear`, `convolve`, `quant_swin_block`); this is for
-those that are not. No gradients: where they are wanted PyTorch's runs.
+compressed network are part of another launch (`quant_linear`, `convolve`, `quant_swin_block`); this is for
+those that are not: the first one, and in an eager float network all. No gradients: where they are
+wanted PyTorch's runs.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -85,7 +86,7 @@ def layer_norm(x: Tensor, norm: LayerNormWeights) -> Tensor:
 
     x: (..., K), any floating type and strides; norm: weight and bias, (K,), of any floating type, and
     eps. PyTorch's own runs where a gradient is wanted, under `torch.compile`, which fuses it with what
-    surrounds it, and for more than 1024 channels. Raises ValueError for weights of another size.
+    surrounds it, and for more than 1024 channels. Raises ValueError for weights of another size or device.
     """
     for name, vector in (("weight", norm.weight), ("bias", norm.bias)):
         if vector.shape != x.shape[-1:]:
@@ -93,6 +94,8 @@ def layer_norm(x: Tensor, norm: LayerNormWeights) -> Tensor:
                 f"{name}: its shape is {tuple(vector.shape)}; x of {tuple(x.shape)} needs"
                 f" {tuple(x.shape[-1:])}"
             )
+        if vector.device != x.device:
+            raise ValueError(f"{name}: it is on {vector.device}; move it to x's {x.device}")
     gradients = torch.is_grad_enabled() and any(
         t.requires_grad for t in (x, norm.weight, norm.bias)
     )

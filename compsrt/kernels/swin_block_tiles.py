@@ -100,9 +100,9 @@ def times(a, b):
 
 @triton.jit
 def add_product(a, b, total):
-    """total + a b in float32. One of them may hold codes in bf16 where the other is float32.
+    """total + a b in float32. One may be bf16 where the other is float32: codes, or a matrix that is exact.
 
-    Codes are exact in bf16, so that three products are as exact as float32, where two of float32
+    They are exact in bf16, so that three products are as exact as float32, where two of float32
     take six: as "bf16x6" of `tiles.dot`, but added to the total itself and in an order in which each
     part of b is read for all products with it, for fewer registers at a time.
     """

@@ -52,8 +52,8 @@ from .replay import Replay, said
 # How a block computes. "reference": quantizer by quantizer, as it is trained; "fold": codes times
 # matrices that hold everything else; "integer": codes times codes, exact; "auto": folded where that
 # can be; on a GPU with matrices of float16, whatever type the weights have: bfloat16 errs more, takes
-# two products where float16 takes one, and is no faster. A block whose error float16 makes too large is
-# one of integers there, which take an H200 2.5 times as long.
+# two products where float16 takes one, and is no faster. A block in which float16 errs too much computes
+# in integers there, which took an H200 2.5 times as long.
 ARITHMETICS = ("auto", "fold", "integer", "reference")
 # Of what a block adds. Codes at ties that float16 rounds the other way stay below it: blocks of
 # compsrt-best at 4 and 2 bits err by 0.03 to 0.11 on random tokens. A wrong kernel errs by more.
@@ -378,8 +378,9 @@ def error_of(folded: kernels.FoldedBlock, exact: kernels.FoldedBlock) -> float:
 def set_arithmetic(model: nn.Module, arithmetic: str) -> None:
     """`QuantSwinBlock.set_arithmetic` of all blocks of a model; of models without them, nothing.
 
-    The weights of its convolutions are made ready too. On a CUDA device a folded model is captured and
-    replayed (`Replay`).
+    Its convolutions' weights are laid out channels last, quantized ones dequantized once. Blocks and
+    quantized convolutions are run as they are now: after loading other values into them, call it again.
+    On a CUDA device a folded model is captured and replayed (`Replay`).
     """
     if arithmetic not in ARITHMETICS:
         raise ValueError(f"arithmetic: {arithmetic!r} is unknown; one of {', '.join(ARITHMETICS)}")
@@ -393,7 +394,7 @@ def set_arithmetic(model: nn.Module, arithmetic: str) -> None:
     for module in model.modules():
         if isinstance(module, _WeightConv2d):
             module.set_arithmetic(arithmetic)
-        elif isinstance(module, nn.Conv2d):
+        elif isinstance(module, nn.Conv2d) and arithmetic != "reference":
             module.weight.data = as_read(module.weight.data)
 
 
@@ -441,13 +442,18 @@ class _WeightConv2d(QuantConv2d):
 
     @torch.no_grad()
     def set_arithmetic(self, arithmetic: str) -> None:
-        """What the weight is multiplied as from now on, as it is now; "reference": as it is trained."""
+        """From now on run with the weight as it is now: dequantized, or for a kernel as int8 codes.
+
+        "reference": quantized anew at every call, as it is trained.
+        """
+        from ..kernels.dispatch import use_triton  # which loads Triton
+
         self.arithmetic, self._run = arithmetic, None
         site = self.weight
         if arithmetic == "reference" or site.lower.is_meta:
             return
         scale = None
-        if site.integers is not None and site.bits > 1 and site.integers.is_cuda:
+        if site.integers is not None and site.bits > 1 and use_triton(site.lower):
             grid = site.grid()
             scale = kernels.step_and_zero(*grid[:4], grid.bits)[0].flatten()
             # The middle of the codes is 0: they are stored as they are and centred here.
@@ -457,7 +463,8 @@ class _WeightConv2d(QuantConv2d):
         self._run = as_read(weight.unflatten(1, self.shape)), scale
 
     def forward(self, x: Tensor, **fused: Any) -> Tensor:
-        if self._run is None:
+        gradients = x.requires_grad and torch.is_grad_enabled()
+        if self._run is None or self.weight.observer is not None or gradients:
             return convolve(x, self.weight().unflatten(1, self.shape), self.bias, **fused)
         weight, scale = self._run
         return convolve(x, weight, self.bias, scale=scale, **fused)

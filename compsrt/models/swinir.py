@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..kernels import LayerNormWeights
 from ..kernels.reference.windows import add_bias, from_windows, to_windows
 from ..kernels.reference.windows import shift_mask as shift_mask  # a name of this file too
-from .layers import Conv2d, LayerNorm, wide
+from .layers import Conv2d, LayerNorm
 from .replay import Replay
 
 UPSAMPLERS = ("pixelshuffledirect", "pixelshuffle")
@@ -295,7 +295,7 @@ class SwinIR(nn.Module):
 
     def _enlarge(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        given, x = x.dtype, x.to(wide(self.norm.weight.dtype))
+        given, x = x.dtype, x.to(self.norm.weight.dtype)  # which is that of the stream
         mean = self.mean.flatten()
         x = mirror_to_multiple(x, self.config.window_size)
         first = self.conv_first(x, mean=mean)

@@ -73,7 +73,7 @@ class FoldedBlock(NamedTuple):
     key: FoldedLinear
     value: FoldedLinear
     bias: Tensor  # (heads, N, N), the relative-position bias over s_qk
-    token: Tensor | None  # (N, N): T^T, of integers in bfloat16 where that is exact
+    token: Tensor | None  # (N, N): T^T; where the mode is "integer" in bfloat16 if that is exact
     scalars: HeadScalars
     merge: FoldedLinear  # (C', heads * d), to the codes of proj's input
     proj: FoldedLinear  # (C, C')
@@ -324,7 +324,8 @@ def fold_block(
 
 
 def _rotation(matrix: Tensor, mode: str, dtype: torch.dtype) -> Tensor:
-    """Beside codes in bfloat16 if that is exact, as for a Hadamard matrix of 4^k: half the products."""
+    """T^T as it is stored: for "integer" in bfloat16 if that is exact, as of a Hadamard matrix of order
+    4^k, which halves the products."""
     narrow = matrix.to(torch.bfloat16)
     exact = mode == "integer" and torch.equal(narrow.to(matrix.dtype), matrix)
     return (narrow if exact else matrix.to(dtype)).contiguous()
