@@ -67,7 +67,7 @@ def test_kernels_alone_run_a_block_and_its_backward(device):
         found = run(block.to(device), x.to(device), grad.to(device))
     found = [tensor.cpu() for tensor in found]
     for ours, theirs in zip(found[:2], expected[:2], strict=True):
-        assert float((ours - theirs).detach().norm() / theirs.norm()) < 0.02
+        assert float((ours - theirs).norm().detach() / theirs.norm().detach()) < 0.02
     scalars = [
         torch.stack([t.flatten().sum() for t in tensors[2:]]) for tensors in (found, expected)
     ]
