@@ -59,12 +59,13 @@ EXAMPLES = (
 # Spills in bytes that are accepted for examples, None where one is not compiled. On sm_80 operands in
 # shared memory are read into registers before the loop over heads; integers spill 544 bytes there. They,
 # and the widths beside SwinIR-light's, are compiled for sm_90 alone, to keep the table short.
+_SM_90_ALONE = {"cuda:80": None, "cuda:100": None, "hip:gfx942": None}
 SPILLS = {
     "fold 60 shifted": {"cuda:80": 80},
-    "integer 60": {"cuda:80": None, "cuda:100": None, "hip:gfx942": None},
-    "integer 60 shifted": {"cuda:80": None, "cuda:100": None, "hip:gfx942": None},
-    "fold 32 to 128 shifted": {"cuda:80": None, "cuda:100": None, "hip:gfx942": None},
-    "fold 96 shifted": {"cuda:80": None, "cuda:100": None, "hip:gfx942": None},
+    "integer 60": _SM_90_ALONE,
+    "integer 60 shifted": _SM_90_ALONE,
+    "fold 32 to 128 shifted": _SM_90_ALONE,
+    "fold 96 shifted": _SM_90_ALONE,
 }
 WINDOWS = (4, 8, 16)
 LARGEST = 128  # C and heads * d

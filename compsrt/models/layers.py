@@ -2,9 +2,9 @@
 
 The residual stream of a transformer outgrows float16 (above 65,504 it becomes infinite, and the
 picture black) and its sum outgrows bfloat16's 8 bits. So the stream stays float32, whatever type the
-weights have, and only what enters a product is narrowed: norms, and what quantized layers are scaled
-with, stay float32 (`widened`). A convolution is `kernels.convolve`, which may take in what surrounds
-it; with gradients, or on a CPU, that is PyTorch's own.
+weights have, and only what enters a product is narrowed; norms, and what quantized layers are scaled
+with, stay float32 too (`widened`). A convolution is `kernels.convolve`, which may take in what
+surrounds it; with gradients, or on a CPU, that is PyTorch's own.
 """
 
 from __future__ import annotations
