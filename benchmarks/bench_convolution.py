@@ -1,6 +1,6 @@
 """convolve: the convolutions of SwinIR-light on the tokens of a 320x184 picture, with what surrounds them.
 
-The reference is PyTorch's convolution in channels-last order, its norm, residual and shuffle one by one.
+The reference is PyTorch's convolution in channels-last order, its residual and shuffle one by one.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from compsrt import kernels
 from compsrt.kernels import reference
-from compsrt.kernels.reference import LayerNormWeights
 
 HEIGHT, WIDTH = 184, 320
 on_each_batch = pytest.mark.parametrize("batch", [1, 16])
 on_each_type = pytest.mark.parametrize("dtype", TYPES[::2], ids=str)
 
-# (K, N, shuffle, what else): the first convolution, that of a layer, the one after the body, the last.
+# (K, N, shuffle, what else): the first convolution, that of a layer, the last.
 KINDS = {
     "first": (3, 60, 1, ("mean",)),
     "layer": (60, 60, 1, ("residual",)),
+    "layer tf32": (60, 60, 1, ("residual", "allow_tf32")),
     "layer int8": (60, 60, 1, ("residual", "scale")),
-    "body": (60, 60, 1, ("residual", "norm")),
     "x4": (60, 48, 4, ("offset",)),
+    "x4 tf32": (60, 48, 4, ("offset", "allow_tf32")),
     "x2": (60, 12, 2, ("offset",)),
 }
 
@@ -40,9 +40,9 @@ def test_forward(implementation, measure, kind, batch, dtype):
     given = {
         "residual": torch.randn(batch, HEIGHT, WIDTH, out, device="cuda", dtype=dtype),
         "scale": torch.full((out,), 1 / 127, device="cuda"),
-        "norm": LayerNormWeights(*torch.randn(2, size, device="cuda")),
         "mean": torch.randn(size, device="cuda"),
         "offset": torch.randn(out // shuffle**2, device="cuda"),
+        "allow_tf32": True,
     }
     given = {name: value for name, value in given.items() if name in which}
     if kind == "first":

@@ -153,12 +153,17 @@ def test_a_window_of_several_programs(device):
 @on_each_device
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_matrices_of_half_types(device, dtype, stored):
+@pytest.mark.parametrize("capability", [None, 9])  # None: without instructions of NVIDIA devices
+def test_matrices_of_half_types(device, dtype, stored, capability, monkeypatch):
     """Against float64 matrices, as root mean squares, relative to what the block adds to its tokens.
 
     An operand that is off by one rounding, `unit`, turns every so-manieth code, by a step, which is
     2^-7 of what 8 bits hold or less: a root mean square of sqrt(unit * step), from ten quantizers.
     """
+    if device == "cpu":
+        monkeypatch.setattr(dispatch, "assumed_capability", capability)
+    elif capability is None:
+        pytest.skip("a device has its own")
     block = Block(Kind(bits=8, weight_bits=8, shift=2, head_transform="dct"))
     x = block.tokens(1, 8, 8, seed=1).to(stored)
     found = run(x, block.folded("fold", dtype), device)
@@ -179,10 +184,10 @@ def test_codes_of_integers_are_the_reference_s(monkeypatch):
     of_kernel, module = swin_block_tiles.to_codes, reference.swin_block
     of_reference = module._to_codes
 
-    def to_codes(t, low, high, inside, TYPE):
-        codes = of_kernel(t, low, high, inside, tl.float32)
+    def to_codes(t, low, high, CODES):
+        codes = of_kernel(t, low, high, tl.float32)
         found.append(torch.from_numpy(codes.handle.data.copy()))
-        return codes.to(TYPE)
+        return codes.to(CODES)
 
     def to_codes_of_reference(t, operands, site):
         before = t.clone()
@@ -198,7 +203,7 @@ def test_codes_of_integers_are_the_reference_s(monkeypatch):
     assert relative(y, expected) < 1e-4
     sites = {site: (t, codes) for site, t, codes in wanted}
     different, all_codes = 0, 0
-    # As a program, which does one window, makes them; lanes beyond an axis hold 0.
+    # As a program, which does one window, makes them.
     per_window = iter(found)
     for window in range(2):
         tokens = slice(64 * window, 64 * window + 64)

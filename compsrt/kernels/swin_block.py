@@ -57,13 +57,12 @@ EXAMPLES = (
     ("integer", torch.float32, 60, 6, 120, 4),
 )
 # Spills in bytes that are accepted for examples, None where one is not compiled. On sm_80 operands in
-# shared memory are read into registers before the loop over heads; integers spill 544 bytes there. They,
-# and the widths beside SwinIR-light's, are compiled for sm_90 alone, to keep the table short.
+# shared memory are read into registers before the loop over heads; integers spill 552 bytes there. The
+# widths beside SwinIR-light's are compiled for sm_90 alone, to keep the table short.
 _SM_90_ALONE = {"cuda:80": None, "cuda:100": None, "hip:gfx942": None}
 SPILLS = {
-    "fold 60 shifted": {"cuda:80": 80},
-    "integer 60": _SM_90_ALONE,
-    "integer 60 shifted": _SM_90_ALONE,
+    "integer 60": {"cuda:80": None},
+    "integer 60 shifted": {"cuda:80": None},
     "fold 32 to 128 shifted": _SM_90_ALONE,
     "fold 96 shifted": _SM_90_ALONE,
 }
@@ -111,6 +110,7 @@ def _quant_swin_block_fwd_kernel(
     TYPE: tl.constexpr = enter.weight.dtype.element_ty
     # Codes are exact in each of these; int8 and int8 make int32.
     HEAD_CODES: tl.constexpr = TYPE if TYPE.primitive_bitwidth == 16 else tl.bfloat16
+    QUERY: tl.constexpr = tl.float16 if tl.float16 == TYPE else tl.float32
     CODES: tl.constexpr = tl.int8 if query.weight.dtype.element_ty == tl.int8 else HEAD_CODES
     N: tl.constexpr = C.window * C.window
     ROWS: tl.constexpr = C.rows
@@ -134,8 +134,9 @@ def _quant_swin_block_fwd_kernel(
 
     k = swin_block_tiles.heads_codes(k_in, key, scalars, 1, C, HEAD_CODES)
     v = swin_block_tiles.heads_codes(v_in, value, scalars, 2, C, HEAD_CODES)
-    q = swin_block_tiles.heads_codes(q_in, query, scalars, 0, C, tl.float32)
-    q = swin_block_tiles.parts(q + swin_block_tiles.load_lanes(scalars.query_zero, 0, C), TYPE)
+    q = swin_block_tiles.heads_codes(q_in, query, scalars, 0, C, QUERY)
+    query_zero = swin_block_tiles.load_lanes(scalars.query_zero, 0, C)
+    q = swin_block_tiles.parts(q + query_zero.to(QUERY), TYPE)
     if SLICES == 1:
         rotation = token_ptr
         if rotation is not None:
@@ -149,16 +150,14 @@ def _quant_swin_block_fwd_kernel(
             rotation = swin_block_tiles.load_rotation(token_ptr, first, C)
             rest += tl.sum(swin_block_tiles.turn(rotation, v, scalars, C), 0)[None, :]
 
+    if C.shift > 0:
+        bias_ptr += tokens.kind * (C.heads * N * N)
     lane = tl.arange(0, INNER)[None, :]
     y = tl.zeros((ROWS, INNER), tl.float32)
     for head in tl.range(0, C.heads, num_stages=C.stages, disable_licm=True):
         scale = swin_block_tiles.load_scalar(scalars.scores, 0, head, C)
-        bias = tl.load(bias_ptr + head * N * N + row[:, None] * N + token[None, :])
-        if C.shift > 0:
-            apart = rows.region[:, None] != tokens.region[None, :]
-            bias += tl.where(apart, tiles.APART / scale, 0.0)
+        s = tl.load(bias_ptr + head * N * N + row[:, None] * N + token[None, :])
         inside = tl.where(lane // C.d == head, 1.0, 0.0)
-        s = bias
         for part in tl.static_range(len(q)):
             s = swin_block_tiles.add_product(
                 swin_block_tiles.chosen(q[part], inside), tl.trans(k), s
@@ -182,7 +181,7 @@ def _quant_swin_block_fwd_kernel(
 
     y += rest * swin_block_tiles.load_lanes(scalars.attention_zero, 0, C)
     y *= swin_block_tiles.load_lanes(scalars.attention, 0, C)
-    y = swin_block_tiles.linear(y.to(TYPE), merge, C.inner, INNER, C.inner)
+    y = swin_block_tiles.linear(y.to(TYPE), merge, C.inner, INNER, C.inner, CODES=CODES)
     codes = swin_block_tiles.to_codes_of(y, limits_ptr, 3, C.inner, CODES)
     # Read again, so that the loop above has more registers.
     rows = tiles.locate(row + later, program // PARTS, height, width, C.window, C.shift)
@@ -211,10 +210,10 @@ _LINEARS = (
 )
 
 
-def _constants(folded: FoldedBlock) -> Constants:
+def _constants(folded: FoldedBlock, capability: int | None) -> Constants:
     size, inner = len(folded.enter.bias), len(folded.merge.bias)
     hidden, heads = len(folded.hidden.bias), folded.heads
-    integer = folded.mode == "integer"
+    integer, half = folded.mode == "integer", folded.enter.weight.dtype.itemsize == 2
     d = inner // heads
     width_hidden = max(16, next_power_of_two(hidden))
     return Constants(
@@ -231,10 +230,11 @@ def _constants(folded: FoldedBlock) -> Constants:
         width_hidden=min(max(32, width_hidden), 128),
         rows=folded.window**2 if folded.window < 16 else ROWS_OF_16,
         slice=folded.window**2 if folded.token is None else min(64, folded.window**2),
-        chunk=16 if integer else 32,  # of 32, integers spill 128 bytes on sm_90
-        # Where a mask is added to it first, it costs registers: 5 % of the time more, not less.
-        stages=1 if folded.shift or integer else 2,
+        # With more integers spill 128 bytes on sm_90, 96 channels 80 with less or in two stages.
+        chunk=16 if integer else 64 if size > 64 else 32,
+        stages=2 if half and size <= 64 else 1,
         integer=integer,
+        fast=half and capability is not None,
         shared=len(folded.scalars.scores) == 1,
         eps1=folded.eps[0],
         eps2=folded.eps[1],
@@ -246,7 +246,7 @@ def _options(constants: Constants, capability: int | None) -> dict[str, int]:
     window of 16 x 16 has four times the keys and values and needs eight."""
     if constants.window == 16:
         return {"num_warps": 8}
-    three = capability == 9 and not constants.integer and constants.width <= 64
+    three = capability == 9 and constants.fast and constants.width <= 64
     return {"num_warps": 4, **({"maxnreg": 168} if three else {})}
 
 
@@ -256,7 +256,8 @@ def _forward(x: Tensor, folded: FoldedBlock) -> Tensor:
         return out
     x = x.contiguous()
     batch, height, width, _ = x.shape
-    constants = _constants(folded)
+    of_device = capability(x)
+    constants = _constants(folded, of_device)
     windows = batch * (height // folded.window) * (width // folded.window)
     with on_device_of(x):
         _quant_swin_block_fwd_kernel[(windows * (folded.window**2 // constants.rows),)](
@@ -281,7 +282,7 @@ def _forward(x: Tensor, folded: FoldedBlock) -> Tensor:
             width,
             0,
             C=constants,
-            **_options(constants, capability(x)),
+            **_options(constants, of_device),
         )
     return out
 

@@ -31,11 +31,13 @@ class Constants(NamedTuple):
     chunk: int  # of hidden channels at a time
     stages: int  # of the loop over heads: with two a bias is loaded while the head before is done
     integer: bool
+    fast: bool  # with instructions of NVIDIA devices that are as exact as half types
     shared: bool  # all heads have the grids of the first
     eps1: float
     eps2: float
 
 
+LIFT = tl.constexpr(1536.0)  # see `lifted`
 LOG2_E = tl.constexpr(1.4426950408889634)  # log2(e)
 
 
@@ -47,6 +49,25 @@ def exp2(x):
     else:
         y = libdevice.exp2(x)
     return y
+
+
+@triton.jit
+def tanh(x):
+    """tanh(x) to 11 bits, in one instruction of an NVIDIA device."""
+    if tiles.INTERPRETED:
+        y = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2_E)))
+    else:
+        y = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return y
+
+
+@triton.jit
+def gelu_of_half(x):
+    """The GELU for a half type, of tanh; its two numbers are those of the least error, 2.7e-4."""
+    of_half = 0.5 * x
+    return of_half + of_half * tanh(x * (0.80015708 + 0.03470089 * (x * x)))
 
 
 @triton.jit
@@ -67,10 +88,29 @@ def gelu(x):
 
 
 @triton.jit
-def to_codes(t, low, high, inside, TYPE):
-    """The codes of a tile t in float32, 0 outside."""
-    codes = tiles.round_half_even(tiles.clamp(t, low, high))
-    return tl.where(inside, codes, 0.0).to(TYPE)
+def lifted(t, CODES):
+    """What `to_codes` makes codes of that type of: t and, for float16, 1.5 * 2^10.
+
+    There a float16 has no fractions, so that to become one is to be rounded, half to even, and what is
+    left of a code takes half of the instructions. Where t is a bias or a zero point, lifting is free.
+    """
+    if tl.float16 == CODES:
+        t = t + LIFT
+    return t
+
+
+@triton.jit
+def to_codes(t, low, high, CODES):
+    """The codes of a tile t, lifted, in float32; low and high are whole numbers."""
+    if tl.float16 == CODES:
+        low, high = lifted(low, CODES).to(CODES), lifted(high, CODES).to(CODES)
+        codes = tiles.clamp(t.to(CODES), low, high) - LIFT
+    elif tl.int8 == CODES:  # the last bits of what rounds a float32
+        bits = (tiles.clamp(t, low, high) + tiles.ROUNDER).to(tl.int32, bitcast=True)
+        codes = bits.to(tl.int8)
+    else:
+        codes = tiles.round_half_even(tiles.clamp(t, low, high)).to(CODES)
+    return codes
 
 
 @triton.jit
@@ -87,9 +127,9 @@ def load_matrix(ptr, n, k, stride, rows_end, columns_end):
 
 
 @triton.jit
-def spread(ptr, ROWS: tl.constexpr, first, COUNT: tl.constexpr, end):
-    """The same as `load_vector` in every row of (ROWS, COUNT): what a sum that has a bias starts with."""
-    return tl.zeros((ROWS, COUNT), tl.float32) + load_vector(ptr, first, COUNT, end)
+def spread(vector, ROWS: tl.constexpr):
+    """A vector (1, COUNT) in every row of (ROWS, COUNT): what a sum that has a bias starts with."""
+    return tl.zeros((ROWS, vector.shape[1]), tl.float32) + vector
 
 
 @triton.jit
@@ -158,9 +198,17 @@ def multiply(x, layer, total, first, end, first_in, IN: tl.constexpr, later=0):
 
 
 @triton.jit
-def linear(x, layer, OUT: tl.constexpr, WIDTH_OUT: tl.constexpr, IN: tl.constexpr, later=0):
-    """x (M, K) through a whole FoldedLinear of OUT rows: (M, WIDTH_OUT) in float32."""
-    bias = spread(layer.bias, x.shape[0], 0, WIDTH_OUT, OUT)
+def linear(
+    x,
+    layer,
+    OUT: tl.constexpr,
+    WIDTH_OUT: tl.constexpr,
+    IN: tl.constexpr,
+    later=0,
+    CODES: tl.constexpr = tl.float32,
+):
+    """x (M, K) through a whole FoldedLinear of OUT rows: (M, WIDTH_OUT) in float32, lifted for CODES."""
+    bias = spread(lifted(load_vector(layer.bias, 0, WIDTH_OUT, OUT), CODES), x.shape[0])
     return multiply(x, layer, bias, 0, OUT, 0, IN, later=later)
 
 
@@ -174,15 +222,20 @@ def normalize(x, SIZE: tl.constexpr, EPS: tl.constexpr):
 
 @triton.jit
 def to_codes_of(t, limits_ptr, i: tl.constexpr, end, CODES):
-    """The codes of t (M, K) as input i of the linear layers, 0 from lane `end` on."""
-    low, high = tl.load(limits_ptr + 2 * i), tl.load(limits_ptr + 2 * i + 1)
-    return to_codes(t, low, high, tl.arange(0, t.shape[1])[None, :] < end, CODES)
+    """The codes of t (M, K), lifted, as input i of the linear layers, int8 ones 0 from lane `end` on.
+
+    In other types matrices have zeros there, and `multiply` does not sum up the codes.
+    """
+    codes = to_codes(t, tl.load(limits_ptr + 2 * i), tl.load(limits_ptr + 2 * i + 1), CODES)
+    if tl.int8 == CODES:
+        codes = tl.where(tl.arange(0, t.shape[1])[None, :] < end, codes, 0)
+    return codes
 
 
 @triton.jit
 def input_codes(t, inputs_ptr, limits_ptr, i: tl.constexpr, C: tl.constexpr, CODES):
     """The codes of t as inputs of q, k or v."""
-    t = t * tl.load(inputs_ptr + 2 * i) - tl.load(inputs_ptr + 2 * i + 1)
+    t = t * tl.load(inputs_ptr + 2 * i) + lifted(-tl.load(inputs_ptr + 2 * i + 1), CODES)
     return to_codes_of(t, limits_ptr, i, C.size, CODES)
 
 
@@ -191,7 +244,7 @@ def heads_codes(x, layer, scalars, i: tl.constexpr, C: tl.constexpr, CODES):
     """The codes (M, WIDTH_INNER) of all heads' queries, keys or values from those of its inputs x."""
     INNER: tl.constexpr = C.width_inner
     if layer.rotation is None:
-        y = linear(x, layer, C.inner, INNER, C.size)
+        y = linear(x, layer, C.inner, INNER, C.size, CODES=CODES)
     else:  # each head has its own, in a block of one matrix
         M: tl.constexpr = x.shape[0]
         zeros = tl.zeros((M, INNER), tl.float32)
@@ -201,9 +254,9 @@ def heads_codes(x, layer, scalars, i: tl.constexpr, C: tl.constexpr, CODES):
         inside = (row // C.d == lane // C.d) & (row < C.inner)
         at = layer.rotation + row * C.d + lane % C.d
         rotation = tl.load(at, mask=inside, other=0.0)
-        y = add_product(y, rotation, spread(layer.bias, x.shape[0], 0, INNER, C.inner))
-    low, high = load_lanes(scalars.low, i, C), load_lanes(scalars.high, i, C)
-    return to_codes(y, low, high, tl.arange(0, INNER)[None, :] < C.inner, CODES)
+        bias = lifted(load_vector(layer.bias, 0, INNER, C.inner), CODES)
+        y = add_product(y, rotation, spread(bias, M))
+    return to_codes(y, load_lanes(scalars.low, i, C), load_lanes(scalars.high, i, C), CODES)
 
 
 @triton.jit
@@ -281,13 +334,13 @@ def rotated_codes(p, share, token, scalars, head, C: tl.constexpr, TYPE, CODES):
     """The codes (M, SLICE) of probabilities p (M, N), times share, rotated by token, which are rows of
     T^T, or None."""
     inverse = share * load_scalar(scalars.attention_inverse, 0, head, C)
-    zero = load_scalar(scalars.attention_zero, 0, head, C)
+    less_zero = lifted(-load_scalar(scalars.attention_zero, 0, head, C), CODES)
     low, high = load_scalar(scalars.low, 3, head, C), load_scalar(scalars.high, 3, head, C)
     if token is None:
         t = p
     else:
         t = times(p.to(TYPE), tl.trans(token))
-    return to_codes(t * inverse - zero, low, high, True, CODES)
+    return to_codes(t * inverse + less_zero, low, high, CODES)
 
 
 @triton.jit
@@ -299,17 +352,18 @@ def mlp(x, middle, fc1, hidden, fc2, limits_ptr, C: tl.constexpr, TYPE, CODES, l
     ROWS: tl.constexpr = C.rows
     WIDTH_HIDDEN: tl.constexpr = C.width_hidden
     t = normalize(x, C.size, C.eps2).to(TYPE)
-    t = linear(t, middle, C.size, C.width, C.size, 2 * later)
+    t = linear(t, middle, C.size, C.width, C.size, 2 * later, CODES=CODES)
     codes = to_codes_of(t, limits_ptr, 4, C.size, CODES)
     for first in tl.range(0, C.hidden, C.width_hidden, num_stages=1, disable_licm=True):
         turned = tl.zeros((ROWS, WIDTH_HIDDEN), tl.float32)
         for start in tl.range(0, C.hidden, C.chunk, num_stages=1, disable_licm=True):
-            h = spread(fc1.bias, C.rows, start, C.chunk, C.hidden)
-            h = gelu(multiply(codes, fc1, h, start, C.hidden, 0, C.size)).to(TYPE)
+            h = spread(load_vector(fc1.bias, start, C.chunk, C.hidden), ROWS)
+            h = multiply(codes, fc1, h, start, C.hidden, 0, C.size)
+            h = gelu_of_half(h).to(TYPE) if C.fast else gelu(h).to(TYPE)
             # Zeros and the biases afterwards: with sums that go on integers spill 400 bytes on sm_80.
             zeros = tl.zeros((ROWS, WIDTH_HIDDEN), tl.float32)
             turned += multiply(h, hidden, zeros, first, C.hidden, start, C.hidden)
-        turned += load_vector(hidden.bias, first, C.width_hidden, C.hidden)
+        turned += lifted(load_vector(hidden.bias, first, C.width_hidden, C.hidden), CODES)
         of_fc2 = to_codes_of(turned, limits_ptr, 5, C.hidden - first, CODES)
         x = multiply(of_fc2, fc2, x, 0, C.size, first, C.hidden)
     return x + load_vector(fc2.bias, 0, C.width, C.size)

@@ -36,12 +36,19 @@ def dot(a, b, total):
 
 
 @triton.jit
+def leading(x):
+    """The upper half of the bits of a float32 tile: x cut off to bf16, for far less than its rounding."""
+    bits = x.to(tl.int32, bitcast=True) >> 16
+    return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def split(x):
-    """A float32 tile as the sum of three of bf16."""
-    high = x.to(tl.bfloat16)
+    """A float32 tile as the exact sum of three of bf16, of 8 bits each."""
+    high = leading(x)
     rest = x - high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    middle = leading(rest)
+    return high, middle, leading(rest - middle.to(tl.float32))
 
 
 # --- Windows --------------------------------------------------------------------------------------
@@ -50,13 +57,15 @@ APART = tl.constexpr(-100.0)  # added to the score of two tokens that the pictur
 
 
 class Tokens(NamedTuple):
-    """Where tokens are: batch, y and x in the picture, number in the batch, region of the window."""
+    """Where tokens are: batch, y and x in the picture, number in the batch, region of the window; and
+    the kind of the window, see `reference.windows.kinds_of_windows`."""
 
     batch: Any
     y: Any
     x: Any
     number: Any
     region: Any
+    kind: Any
 
 
 @triton.jit
@@ -70,15 +79,17 @@ def locate(token, window, height, width, WINDOW: tl.constexpr, SHIFT: tl.constex
     batch = window // (down * across)
     top = window // across % down
     left = window % across
-    region = 2 * ((top == down - 1) & (token // WINDOW >= WINDOW - SHIFT)).to(tl.int32)
-    region += ((left == across - 1) & (token % WINDOW >= WINDOW - SHIFT)).to(tl.int32)
+    bottom, right = top == down - 1, left == across - 1
+    region = 2 * (bottom & (token // WINDOW >= WINDOW - SHIFT)).to(tl.int32)
+    region += (right & (token % WINDOW >= WINDOW - SHIFT)).to(tl.int32)
+    kind = 2 * bottom.to(tl.int32) + right.to(tl.int32)
     y = top * WINDOW + token // WINDOW
     x = left * WINDOW + token % WINDOW
     y += SHIFT
     x += SHIFT
     y = tl.where(y < height, y, y - height)
     x = tl.where(x < width, x, x - width)
-    return Tokens(batch, y, x, (batch * height + y) * width + x, region)
+    return Tokens(batch, y, x, (batch * height + y) * width + x, region, kind)
 
 
 # --- Softmax -------------------------------------------------------------------------------------

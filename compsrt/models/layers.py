@@ -47,10 +47,16 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution whose weights may be narrower than what it reads and returns; see `convolve`."""
+    """A convolution whose weights may be narrower than what it reads and returns; see `convolve`.
+
+    With half weights, or where `allow_tf32` says so, it multiplies as TF32 on a GPU that has it.
+    """
+
+    allow_tf32 = False
 
     def forward(self, x: Tensor, **fused: Any) -> Tensor:
-        return convolve(x, self.weight, self.bias, **fused)
+        tf32 = self.allow_tf32 or self.weight.dtype in HALVES
+        return convolve(x, self.weight, self.bias, allow_tf32=tf32, **fused)
 
 
 def as_read(weight: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ from ..quantizers import (
 )
 from ..transforms import next_power_of_two, transform_matrix
 from . import swinir
-from .layers import as_read, convolve, wide, widened
+from .layers import HALVES, Conv2d, as_read, convolve, wide, widened
 from .quant_sesr import QuantConv2d
 from .replay import Replay, said
 
@@ -394,8 +394,10 @@ def set_arithmetic(model: nn.Module, arithmetic: str) -> None:
     for module in model.modules():
         if isinstance(module, _WeightConv2d):
             module.set_arithmetic(arithmetic)
-        elif isinstance(module, nn.Conv2d) and arithmetic != "reference":
-            module.weight.data = as_read(module.weight.data)
+        elif isinstance(module, Conv2d):
+            module.allow_tf32 = arithmetic == "auto"
+            if arithmetic != "reference":
+                module.weight.data = as_read(module.weight.data)
 
 
 def _norm(norm: nn.LayerNorm) -> kernels.LayerNormWeights:
@@ -433,9 +435,11 @@ class _WeightConv2d(QuantConv2d):
     def __init__(self, convolution: nn.Conv2d, spec: QuantSpec, bits: int):
         super().__init__(convolution, spec, bits)
         self.arithmetic = "reference"
+        self.dtype = convolution.weight.dtype  # what the model is said to be
         self._run: tuple[Tensor, Tensor | None] | None = None
 
     def _apply(self, fn, recurse=True):
+        self.dtype = fn(self.weight.lower.new_empty(0, dtype=self.dtype)).dtype
         super()._apply(widened(fn), recurse)
         self.set_arithmetic(self.arithmetic)
         return self
@@ -467,7 +471,8 @@ class _WeightConv2d(QuantConv2d):
         if self._run is None or self.weight.observer is not None or gradients:
             return convolve(x, self.weight().unflatten(1, self.shape), self.bias, **fused)
         weight, scale = self._run
-        return convolve(x, weight, self.bias, scale=scale, **fused)
+        tf32 = self.arithmetic == "auto" or self.dtype in HALVES
+        return convolve(x, weight, self.bias, scale=scale, allow_tf32=tf32, **fused)
 
 
 def _swap_convolutions(model: nn.Module, spec: QuantSpec, bits: int) -> None:

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import LayerNormWeights
 from ..kernels.reference.windows import add_bias, from_windows, to_windows
 from ..kernels.reference.windows import shift_mask as shift_mask  # a name of this file too
 from .layers import Conv2d, LayerNorm
@@ -173,8 +172,8 @@ class _ThreeConvs(nn.Sequential):
             _conv(dim // 4, dim),
         )
 
-    def forward(self, x: Tensor, *, norm=None, residual: Tensor | None = None) -> Tensor:
-        x = self[0](x, norm=norm, slope=self[1].negative_slope)
+    def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        x = self[0](x, slope=self[1].negative_slope)
         return self[4](self[2](x, slope=self[3].negative_slope), residual=residual)
 
 
@@ -295,27 +294,26 @@ class SwinIR(nn.Module):
 
     def _enlarge(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        given, x = x.dtype, x.to(self.norm.weight.dtype)  # which is that of the stream
+        given, stream = x.dtype, self.norm.weight.dtype
         mean = self.mean.flatten()
         x = mirror_to_multiple(x, self.config.window_size)
-        first = self.conv_first(x, mean=mean)
+        first = self.conv_first(x, mean=mean, dtype=stream)
         tokens = first.permute(0, 2, 3, 1)
         if self.config.patch_norm:
             tokens = self.patch_embed.norm(tokens)
         for layer in self.layers:
             tokens = layer(tokens)
-        norm = LayerNormWeights(self.norm.weight, self.norm.bias, self.norm.eps)
-        x = self.conv_after_body(_picture(tokens), norm=norm, residual=first)
+        x = self.conv_after_body(_picture(self.norm(tokens)), residual=first)
         if self.config.upsampler == "pixelshuffle":
             before, leaky = self.conv_before_upsample
             x = before(x, slope=leaky.negative_slope)
             stages = list(self.upsample)
             for conv, shuffle in zip(stages[::2], stages[1::2], strict=True):
                 x = conv(x, shuffle=shuffle.upscale_factor)
-            x = self.conv_last(x, offset=mean)
+            x = self.conv_last(x, offset=mean, dtype=given)
         else:
-            x = self.upsample[0](x, shuffle=self.scale, offset=mean)
-        return x[..., : height * self.scale, : width * self.scale].to(given)
+            x = self.upsample[0](x, shuffle=self.scale, offset=mean, dtype=given)
+        return x[..., : height * self.scale, : width * self.scale]
 
 
 # --- State dicts -----------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Convolutions of a token grid at inference, with what surrounds them, in plain PyTorch.
 
-    y = leaky_relu(conv(norm(x - mean), weight) + bias, slope) + residual
+    y = leaky_relu(conv(x - mean, weight) + bias, slope) + residual
     out = depth_to_space(y, shuffle) + offset                                all but conv optional
 
 Tokens (B, H, W, K) are a picture in channels-last order, which PyTorch convolves without a copy.
@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear import LayerNormWeights, layer_norm
-
 
 def check_convolution(
     x: Tensor,
@@ -22,7 +20,6 @@ def check_convolution(
     *,
     scale: Tensor | None = None,
     mean: Tensor | None = None,
-    norm: LayerNormWeights | None = None,
     residual: Tensor | None = None,
     shuffle: int = 1,
     offset: Tensor | None = None,
@@ -54,8 +51,6 @@ def check_convolution(
         "bias": (bias, (n,)),
         "scale": (scale, (n,)),
         "mean": (mean, (k,)),
-        "norm.weight": (None if norm is None else norm.weight, (k,)),
-        "norm.bias": (None if norm is None else norm.bias, (k,)),
         "residual": (residual, (*x.shape[:3], n)),
         "offset": (offset, (n // shuffle**2,)),
     }
@@ -75,21 +70,23 @@ def convolve(
     *,
     scale: Tensor | None = None,
     mean: Tensor | None = None,
-    norm: LayerNormWeights | None = None,
     slope: float | None = None,
     residual: Tensor | None = None,
     shuffle: int = 1,
     offset: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    allow_tf32: bool = False,
 ) -> Tensor:
-    """The definition of `kernels.convolve`, which see; with gradients, float64 too."""
+    """The definition of `kernels.convolve`, which see; with gradients, float64 too.
+
+    allow_tf32 changes nothing here: PyTorch's own switch for CUDA devices holds.
+    """
     check_convolution(
         x,
         weight,
         bias,
         scale=scale,
         mean=mean,
-        norm=norm,
         residual=residual,
         shuffle=shuffle,
         offset=offset,
@@ -102,8 +99,6 @@ def convolve(
         weight = weight * scale.to(wide)[:, None, None, None]
     if mean is not None:
         x = x - mean.to(wide)
-    if norm is not None:
-        x = layer_norm(x, norm)
     picture = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     bias = None if bias is None else bias.to(wide)
     y = F.conv2d(picture, weight, bias, padding=weight.shape[2] // 2)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .linear import LayerNormWeights, QuantLayer, QuantWeight, check_weight, shape_of
 from .quantize import Grid, _sides, check_quantizer, quantize_codes, step_and_zero
-from .windows import relative_bias
+from .windows import relative_bias, shift_mask
 
 MODES = ("fold", "integer")
 HEAD_SITES = ("query", "key", "value", "attention")
@@ -72,7 +72,7 @@ class FoldedBlock(NamedTuple):
     query: FoldedLinear  # (heads * d, C)
     key: FoldedLinear
     value: FoldedLinear
-    bias: Tensor  # (heads, N, N), the relative-position bias over s_qk
+    bias: Tensor  # (4 kinds of windows or, without a shift, 1, heads, N, N): what is added to S / s_qk
     token: Tensor | None  # (N, N): T^T; where the mode is "integer" in bfloat16 if that is exact
     scalars: HeadScalars
     merge: FoldedLinear  # (C', heads * d), to the codes of proj's input
@@ -303,7 +303,7 @@ def fold_block(
         query=layers[0],
         key=layers[1],
         value=layers[2],
-        bias=relative_bias(table.detach(), window) / scalars.scores[:, None, None],
+        bias=_bias(table.detach().double(), window, shift) / scalars.scores[:, None, None],
         token=None if token_rotation is None else token.mT,
         scalars=scalars,
         merge=to_codes(merge, 0.0, last[0]),
@@ -321,6 +321,15 @@ def fold_block(
         ranges=tuple((int(s.low.min()), int(s.high.max())) for s in (*inputs, *sites, *last)),
     )
     return _stored(block, dtype)
+
+
+def _bias(table: Tensor, window: int, shift: int) -> Tensor:
+    """Relative-position bias and shift mask of each kind of windows in turn, see `kinds_of_windows`."""
+    bias = relative_bias(table, window)[None]
+    if shift:  # a picture of two by two windows has one of each
+        side = 2 * window
+        bias = bias + shift_mask(side, side, window, shift, table.device, table.dtype)[:, None]
+    return bias
 
 
 def _rotation(matrix: Tensor, mode: str, dtype: torch.dtype) -> Tensor:

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .folding import HEAD_SITES, SITES, FoldedBlock, FoldedLinear
-from .windows import kinds_of_windows, shift_mask, window_order
+from .windows import kinds_of_windows, window_order
 
 # Of the scores on a CPU that are held at a time, for each thread. Of 2^16 to 2^22 this and 2^19 were
 # fastest (60 channels, 6 heads, 96 x 160 tokens; one thread of a busy AMD EPYC with 1 MiB of L2).
@@ -172,10 +172,7 @@ def quant_swin_block(x: Tensor, folded: FoldedBlock) -> Tensor:
     counts = kinds_of_windows(batch, height, width, window, shift)
     tokens = x.reshape(-1, size)
     out = torch.empty_like(tokens)
-    bias = folded.bias.to(dtype) * operands.scalars[1]
-    biases = [bias]
-    if shift:  # of the four kinds of windows
-        biases = bias + shift_mask(2 * window, 2 * window, window, shift, x.device, dtype)[:, None]
+    biases = folded.bias.to(dtype) * operands.scalars[1]
     total = len(order) // n
     most = total
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
