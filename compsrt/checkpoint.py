@@ -444,15 +444,7 @@ def count_levels(model: nn.Module, x: Tensor) -> dict[str, int]:
         levels[names[site]] = max(row.unique().numel() for row in rows)
         return output
 
-    network: Any = model
-    replay = getattr(model, "replay", None)
-    if replay is not None:  # what it has recorded observes nothing
-        network.replay = None
-    try:
-        # An observed quantizer is part of no fused product.
-        with observed(names, quantize_and_count):
-            network(x)
-    finally:
-        if replay is not None:
-            network.replay = replay
+    # An observed quantizer is part of no fused product.
+    with observed(names, quantize_and_count):
+        model(x)
     return levels

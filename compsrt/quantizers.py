@@ -341,17 +341,28 @@ class SymmetricWeightQuantizer(WeightQuantizer):
         super().set_bounds(-upper, upper)
 
 
+_observers = 0  # that look on through `observed`
+
+
+def observing() -> bool:
+    """Whether someone looks on through `observed`: then no recorded launch may stand for a site."""
+    return _observers > 0
+
+
 @contextlib.contextmanager
 def observed(
     sites: Iterable[Quantizer], observer: Callable[[Quantizer, Tensor], Tensor | None]
 ) -> Iterator[None]:
     """While it lasts, these sites show their inputs to an observer (see `Quantizer`)."""
+    global _observers
     sites = list(sites)
     try:
+        _observers += 1
         for site in sites:
             site.observer = observer
         yield
     finally:
+        _observers -= 1
         for site in sites:
             site.observer = None
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .models.quant_swinir import QuantSwinBlock
 from .models.swinir import SwinIR
 from .quantization import TRANSFORM_GROUPS, QuantSpec
-from .quantizers import Quantizer, WeightQuantizer, named_quantizers
+from .quantizers import Quantizer, WeightQuantizer, named_quantizers, observed
 
 CANDIDATES = ("none", "hadamard", "block-hadamard", "dct")
 PICTURES = 4  # of the calibration set, that errors are measured on
@@ -92,12 +92,11 @@ def _with_one_group(block: QuantSwinBlock, group: str, x: Tensor) -> Tensor:
     masks = [site.mask if isinstance(site, WeightQuantizer) else None for site in others]
     try:
         for site in others:
-            site.observer = _pass
             if isinstance(site, WeightQuantizer):
                 site.mask = None
-        return block.observed(x)
+        with observed(others, _pass):
+            return block.observed(x)
     finally:
         for site, mask in zip(others, masks, strict=True):
-            site.observer = None
             if isinstance(site, WeightQuantizer):
                 site.mask = mask

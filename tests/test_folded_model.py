@@ -180,15 +180,13 @@ def test_a_gpu_folds_into_float16_where_that_errs_little(monkeypatch):
     assert block._chosen(on_gpu=True).mode == "integer"
 
 
-def test_a_folded_model_still_tells_its_levels_and_gives_gradients(monkeypatch):
+def test_a_folded_model_still_tells_its_levels_and_gives_gradients():
     model = compsrt.quantize(
         tiny_swinir(), QuantSpec(bits=2, convolution_bits=6), torch.rand(1, 3, 24, 24)
     )
     models.set_arithmetic(model, "auto")
     x = torch.rand(1, 3, 16, 16)
-    with monkeypatch.context() as patch:
-        patch.setattr(Replay, "forward", None)  # what is recorded shows no site
-        levels = checkpoint.count_levels(model, x)
+    levels = checkpoint.count_levels(model, x)
     assert levels.keys() == dict(named_quantizers(model)).keys()
     assert max(levels.values()) > 4 and levels["layers.0.residual_group.blocks.0.query"] <= 4
     seen = []
@@ -232,6 +230,29 @@ class Recorder(Replay):
         place = torch.zeros_like(x)
         output = torch.zeros_like(function(place))
         return Recording(Graph(function, place, output), place, output)
+
+
+class ModelRecorder(Recorder):
+    """The same for a model, whose ops shall not take a picture to be on a device."""
+
+    def forward(self, function, x):
+        def plain(x):
+            return function(x.as_subclass(torch.Tensor))
+
+        return super().forward(plain, x.as_subclass(OnDevice)).as_subclass(torch.Tensor)
+
+
+def test_what_is_recorded_stands_for_no_observed_site():
+    model = quantized(torch.float32)
+    models.set_arithmetic(model, "auto")
+    model.replay = ModelRecorder()
+    x = torch.rand(1, 3, 16, 16)
+    wanted, *_ = [model(x) for _ in range(3)]
+    assert model.replay.recorded == 1
+    levels = checkpoint.count_levels(model, x)
+    assert levels.keys() == dict(named_quantizers(model)).keys()
+    assert model.replay.recorded == 1
+    torch.testing.assert_close(model(x), wanted, rtol=0, atol=0)
 
 
 def picture(height: int) -> torch.Tensor:

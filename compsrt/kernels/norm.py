@@ -4,9 +4,10 @@
 
 x: (..., K). PyTorch gives each token a block of threads, of which tokens of 60 channels leave most
 idle; here a program takes ROWS whole tokens. Everything is float32 in registers. Most norms of a
-compressed network are part of another launch (`quant_linear`, `convolve`, `quant_swin_block`); this
-is for those that are not: the first one, and in an eager float network all but the last. No
-gradients: where they are wanted PyTorch's runs.
+compressed network are part of another launch (`quant_linear`, `quant_swin_block`); this is for those
+that are not: its first and last one, and all of an eager float network. (As part of the convolution
+after the last, which would normalize every token once for each of nine taps, it took three times the
+convolution's own instructions.) No gradients: where they are wanted PyTorch's runs.
 """
 
 # pyright: reportInvalidTypeForm=false

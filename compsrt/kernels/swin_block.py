@@ -20,12 +20,18 @@ so just as exactly. What has no codes on one side stays a product of floats, in 
 `add_product`): the rotations E, T, M, E', P', a head's own, and A^ times T^T v^, since a rotated v^ has
 no codes.
 
-On an H200, SwinIR-light, fold in float16, a block of one picture of 320 x 180 takes 83 us (shifted 87),
-of sixteen 69 (74) each; with tiles of heads it was 200, and 164 of sixteen. Registers are scarce: with
-168 of a thread three programs share a processor instead of two, which is worth a spill of some bytes
-outside of loops. So x is read again after the heads, addresses are computed again there (`later`), and
-sums begin with a bias where that helps. Integers are slower than fold: their rotations are six products
-of bf16 each, three where the matrix is exact in bf16.
+Its time goes into issuing instructions and waiting for one, not into products or memory: so what a
+program does to each of its entries is what counts. Codes are clamped as halves, two at a time, and
+rounded by becoming halves (`lifted`); masks are part of the bias of each kind of windows; sums over a
+program's threads are products with ones; in float16 and bf16 the GELU is one of tanh.
+
+On an H200, SwinIR-light, fold in float16, a block of one picture of 320 x 180 took 83 us (shifted 87),
+of sixteen 69 (74) each, when a warp had 9,510 instructions for a window (shifted 9,678) instead of 7,142
+(7,276); with tiles of heads it was 200, and 164 of sixteen. Registers are scarce: with 168 of a thread
+three programs share a processor instead of two, which is worth a spill of some bytes outside of loops.
+So x is read again after the heads, addresses are computed again there (`later`), and sums begin with a
+bias where that helps. Integers are slower than fold: their rotations are six products of bf16 each,
+three where the matrix is exact in bf16.
 
 Windows are counted in 32 bits. No gradients: for inference.
 """
@@ -57,7 +63,7 @@ EXAMPLES = (
     ("integer", torch.float32, 60, 6, 120, 4),
 )
 # Spills in bytes that are accepted for examples, None where one is not compiled. On sm_80 operands in
-# shared memory are read into registers before the loop over heads; integers spill 552 bytes there. The
+# shared memory are read into registers before the loop over heads; integers spill 496 bytes there. The
 # widths beside SwinIR-light's are compiled for sm_90 alone, to keep the table short.
 _SM_90_ALONE = {"cuda:80": None, "cuda:100": None, "hip:gfx942": None}
 SPILLS = {
@@ -123,12 +129,12 @@ def _quant_swin_block_fwd_kernel(
     tokens = tiles.locate(token, program // PARTS, height, width, C.window, C.shift)
     rows = tiles.locate(row, program // PARTS, height, width, C.window, C.shift)
 
-    x = swin_block_tiles.normalize(_load_tokens(x_ptr, tokens, C), C.size, C.eps1)
+    x = swin_block_tiles.normalize(_load_tokens(x_ptr, tokens, C), C.eps1, C)
     t = swin_block_tiles.linear(x.to(TYPE), enter, C.size, C.width, C.size)
     k_in = swin_block_tiles.input_codes(t, inputs_ptr, limits_ptr, 1, C, CODES)
     v_in = swin_block_tiles.input_codes(t, inputs_ptr, limits_ptr, 2, C, CODES)
     if PARTS > 1:
-        x = swin_block_tiles.normalize(_load_tokens(x_ptr, rows, C), C.size, C.eps1)
+        x = swin_block_tiles.normalize(_load_tokens(x_ptr, rows, C), C.eps1, C)
         t = swin_block_tiles.linear(x.to(TYPE), enter, C.size, C.width, C.size)
     q_in = swin_block_tiles.input_codes(t, inputs_ptr, limits_ptr, 0, C, CODES)
 
@@ -137,23 +143,23 @@ def _quant_swin_block_fwd_kernel(
     q = swin_block_tiles.heads_codes(q_in, query, scalars, 0, C, QUERY)
     query_zero = swin_block_tiles.load_lanes(scalars.query_zero, 0, C)
     q = swin_block_tiles.parts(q + query_zero.to(QUERY), TYPE)
+    y = tl.zeros((ROWS, INNER), tl.float32)
     if SLICES == 1:
         rotation = token_ptr
         if rotation is not None:
             rotation = swin_block_tiles.load_rotation(token_ptr, 0, C)
-        turned = swin_block_tiles.turn(rotation, v, scalars, C)
-        rest = tl.sum(turned, 0)[None, :]
-        turned = turned.to(TYPE)
+        turned = swin_block_tiles.turn(rotation, v, scalars, C).to(TYPE)
+        y = swin_block_tiles.add_sums(turned, y)
     else:
-        rest = tl.zeros((1, INNER), tl.float32)
         for first in tl.range(0, N, C.slice, num_stages=1, disable_licm=True):
             rotation = swin_block_tiles.load_rotation(token_ptr, first, C)
-            rest += tl.sum(swin_block_tiles.turn(rotation, v, scalars, C), 0)[None, :]
+            turned = swin_block_tiles.turn(rotation, v, scalars, C).to(TYPE)
+            y = swin_block_tiles.add_sums(turned, y)
+    y *= swin_block_tiles.load_lanes(scalars.attention_zero, 0, C)
 
     if C.shift > 0:
         bias_ptr += tokens.kind * (C.heads * N * N)
     lane = tl.arange(0, INNER)[None, :]
-    y = tl.zeros((ROWS, INNER), tl.float32)
     for head in tl.range(0, C.heads, num_stages=C.stages, disable_licm=True):
         scale = swin_block_tiles.load_scalar(scalars.scores, 0, head, C)
         s = tl.load(bias_ptr + head * N * N + row[:, None] * N + token[None, :])
@@ -179,7 +185,6 @@ def _quant_swin_block_fwd_kernel(
                 o = swin_block_tiles.add_product(codes, turned.to(TYPE), o)
         y += o * inside
 
-    y += rest * swin_block_tiles.load_lanes(scalars.attention_zero, 0, C)
     y *= swin_block_tiles.load_lanes(scalars.attention, 0, C)
     y = swin_block_tiles.linear(y.to(TYPE), merge, C.inner, INNER, C.inner, CODES=CODES)
     codes = swin_block_tiles.to_codes_of(y, limits_ptr, 3, C.inner, CODES)

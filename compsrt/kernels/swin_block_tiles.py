@@ -213,10 +213,10 @@ def linear(
 
 
 @triton.jit
-def normalize(x, SIZE: tl.constexpr, EPS: tl.constexpr):
+def normalize(x, EPS: tl.constexpr, C: tl.constexpr):
     """The layer norm of the rows of x (M, WIDTH), without weight and bias."""
-    inside = tl.arange(0, x.shape[1])[None, :] < SIZE
-    mean, inverse = tiles.layer_norm_statistics(x, inside, SIZE, EPS)
+    inside = tl.arange(0, x.shape[1])[None, :] < C.size
+    mean, inverse = tiles.layer_norm_statistics(x, inside, C.size, EPS, C.fast)
     return tl.where(inside, (x - mean) * inverse, 0.0)
 
 
@@ -321,12 +321,26 @@ def turn(token, v, scalars, C: tl.constexpr):
     zero = load_lanes(scalars.value_zero, 0, C)
     if token is None:
         return v.to(tl.float32) + zero
-    else:
+    elif v.dtype == tl.float16 and C.width_inner <= 64:
+        return times(token, v + zero.to(tl.float16))
+    else:  # v^ in bfloat16 would lose too much; of more channels it spills 128 bytes on sm_90
         SLICE: tl.constexpr = C.slice
         INNER: tl.constexpr = C.width_inner
         zeros = tl.zeros((SLICE, INNER), tl.float32)
         sums = tl.sum(token.to(tl.float32), 1)[:, None]
         return add_product(token, v, zeros) + sums * zero
+
+
+@triton.jit
+def add_sums(turned, y):
+    """y (M, WIDTH_INNER) plus the sum of turned's rows, which is what zero points of probabilities are
+    multiplied with. Of a half type a product with ones, faster than a sum across a program's threads."""
+    if turned.dtype == tl.float32:
+        y += tl.sum(turned, 0)[None, :]
+    else:
+        ones = tl.full((y.shape[0], turned.shape[0]), 1.0, tl.float32).to(turned.dtype)
+        y = add_product(ones, turned, y)
+    return y
 
 
 @triton.jit
@@ -351,7 +365,7 @@ def mlp(x, middle, fc1, hidden, fc2, limits_ptr, C: tl.constexpr, TYPE, CODES, l
     """
     ROWS: tl.constexpr = C.rows
     WIDTH_HIDDEN: tl.constexpr = C.width_hidden
-    t = normalize(x, C.size, C.eps2).to(TYPE)
+    t = normalize(x, C.eps2, C).to(TYPE)
     t = linear(t, middle, C.size, C.width, C.size, 2 * later, CODES=CODES)
     codes = to_codes_of(t, limits_ptr, 4, C.size, CODES)
     for first in tl.range(0, C.hidden, C.width_hidden, num_stages=1, disable_licm=True):

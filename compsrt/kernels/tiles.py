@@ -218,15 +218,22 @@ DENSITY = tl.constexpr(0.3989422804014327)  # 1/sqrt(2 pi), the normal density a
 
 
 @triton.jit
-def layer_norm_statistics(x, inside, SIZE: tl.constexpr, EPS: tl.constexpr):
+def layer_norm_statistics(
+    x, inside, SIZE: tl.constexpr, EPS: tl.constexpr, FAST: tl.constexpr = False
+):
     """Mean and 1/sqrt(variance + EPS), each (M, 1), of the rows of x (M, K).
 
-    inside: which of the K columns count, SIZE of them; x is 0 in the others.
+    inside: which of the K columns count, SIZE of them; x is 0 in the others. FAST: the root may be off
+    by two of float32's last bits.
     """
     mean = tl.sum(x, 1, keep_dims=True) / SIZE
     centred = tl.where(inside, x - mean, 0.0)
     variance = tl.sum(centred * centred, 1, keep_dims=True) / SIZE
-    return mean, tl.div_rn(1.0, tl.sqrt_rn(variance + EPS))
+    if FAST:
+        inverse = tl.rsqrt(variance + EPS)
+    else:
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + EPS))
+    return mean, inverse
 
 
 @triton.jit

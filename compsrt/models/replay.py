@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..quantizers import observing
+
 SHAPES = 4  # whose graphs are kept
 SEEN = 64  # shapes that are remembered
 SAID = 1.0  # seconds above which a first call is worth a line
@@ -62,7 +64,9 @@ class Replay(nn.Module):
     def forward(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """function(x), which may depend on nothing else that changes."""
         gradients = torch.is_grad_enabled() and x.requires_grad
-        if gradients or not x.is_cuda or torch.compiler.is_compiling():
+        # An observer would see nothing of what is replayed.
+        direct = gradients or observing() or torch.compiler.is_compiling()
+        if direct or not x.is_cuda:
             return function(x)
         key = x.shape, x.dtype, x.device
         if key in self._recordings:
