@@ -316,6 +316,15 @@ def test_a_cpu_goes_straight_to_the_reference(monkeypatch):
     assert kernels.convolve(**arguments()).shape == (1, 5, 9, 16)
 
 
+@pytest.mark.parametrize(
+    "which", [{"dtype": torch.double}, {"weight": torch.ones(16, 12, 1, 1).double()}]
+)
+def test_float64_is_the_reference_s(monkeypatch, which):
+    monkeypatch.setenv("COMPSRT_KERNELS", "triton" if dispatch.INTERPRETED else "auto")
+    monkeypatch.setattr(convolution, "_convolve", None)
+    assert kernels.convolve(**arguments() | which).shape == (1, 5, 9, 16)
+
+
 @on_each_device
 @pytest.mark.parametrize("grid", [(0, 5, 9), (2, 0, 9), (2, 5, 0)], ids=str)
 def test_no_tokens(device, grid):

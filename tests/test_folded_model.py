@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from networks import tiny_swinir
 
 import compsrt
-from compsrt import checkpoint, data, inference, metrics, models
+from compsrt import checkpoint, data, inference, kernels, metrics, models
 from compsrt.kernels import dispatch
 from compsrt.models import quant_swinir
 from compsrt.models.quant_swinir import QuantSwinBlock
@@ -233,7 +233,11 @@ class Recorder(Replay):
 
 
 class ModelRecorder(Recorder):
-    """The same for a model, whose ops shall not take a picture to be on a device."""
+    """The same for a model: a replay calls nothing, and no op takes a picture to be on a device."""
+
+    def _record(self, function, x):
+        result = function(x)
+        return super()._record(lambda place: result, x)
 
     def forward(self, function, x):
         def plain(x):
@@ -327,6 +331,34 @@ def test_a_device_gives_the_same_picture_recorded_or_not(tmp_path, arithmetic, c
         assert (got - want).norm() / (want - want.mean()).norm() < 0.05
     if arithmetic != "reference":
         assert len(model.replay._recordings) == 1
+
+
+@pytest.mark.parametrize("convolution_bits", [None, 6])
+def test_where_convolutions_may_be_tf32(convolution_bits, monkeypatch):
+    """Where blocks may be of float16: "auto", and half types of what is folded."""
+    asked = []
+
+    def convolve(x, weight, *rest, allow_tf32=False, **options):
+        asked.append(allow_tf32)
+        return kernels.reference.convolve(x, weight, *rest, **options)
+
+    model = quantized(torch.float32, QuantSpec(convolution_bits=convolution_bits))
+    monkeypatch.setattr(kernels, "convolve", convolve)
+
+    def allowed() -> bool:
+        asked.clear()
+        model(torch.rand(1, 3, 8, 8))
+        assert len(set(asked)) == 1
+        return asked[0]
+
+    for arithmetic in quant_swinir.ARITHMETICS:
+        models.set_arithmetic(model, arithmetic)
+        assert allowed() == (arithmetic == "auto")
+    models.set_arithmetic(model, "fold")
+    model.half()
+    assert allowed()
+    model.float()
+    assert not allowed()
 
 
 @pytest.mark.skipif(not dispatch.INTERPRETED, reason="needs the interpreter")

@@ -19,7 +19,7 @@ from swin_blocks import Block, Kind, to
 import compsrt
 from compsrt import kernels
 from compsrt.kernels import dispatch, reference, swin_block, swin_block_tiles
-from compsrt.kernels.dispatch import tl
+from compsrt.kernels.dispatch import tl, triton
 from compsrt.kernels.reference import FoldedBlock
 from compsrt.quantization import QuantSpec
 
@@ -150,11 +150,43 @@ def test_a_window_of_several_programs(device):
     assert relative(run(x, block.folded(), device), block(x.double())) < 1e-4
 
 
+@triton.jit
+def _codes_kernel(t_ptr, low, high, out_ptr, COUNT: tl.constexpr, CODES: tl.constexpr):
+    i = tl.arange(0, COUNT)
+    t = swin_block_tiles.lifted(tl.load(t_ptr + i), CODES)
+    tl.store(out_ptr + i, swin_block_tiles.to_codes(t, low, high, CODES).to(tl.float32))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # of 1e30, by the interpreter
+@on_each_device
+@pytest.mark.parametrize("codes", ["float16", "bfloat16", "int8"])
+@pytest.mark.parametrize(("low", "high"), [(-128, 127), (-8, 7), (-2, 1), (3, 5)])
+def test_codes_are_rounded_half_to_even_and_clamped(device, codes, low, high):
+    ends = torch.tensor([-torch.inf, -1e30, -1e5, -3000, 3000, 1e5, 1e30, torch.inf])
+    t = torch.cat([torch.arange(-1016, 1024) / 8, ends]).float()
+    found = torch.empty_like(t, device=device)
+    _codes_kernel[(1,)](
+        t.to(device), float(low), float(high), found, COUNT=len(t), CODES=getattr(tl, codes)
+    )
+    assert torch.equal(found.cpu(), t.round().clamp(low, high))
+
+
+HALF_KINDS = {
+    "shifted": Kind(shift=2, head_transform="dct"),
+    "by head": KINDS["by head"],
+    "no transforms": KINDS["no transforms"],
+    "SwinIR-light": KINDS["SwinIR-light"],
+    "90": KINDS["90"],
+    "16": Kind(12, 1, 12, 24, 16, 8),
+}
+
+
 @on_each_device
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("capability", [None, 9])  # None: without instructions of NVIDIA devices
-def test_matrices_of_half_types(device, dtype, stored, capability, monkeypatch):
+@pytest.mark.parametrize("kind", HALF_KINDS.values(), ids=HALF_KINDS.keys())
+def test_matrices_of_half_types(device, dtype, stored, capability, kind, monkeypatch):
     """Against float64 matrices, as root mean squares, relative to what the block adds to its tokens.
 
     An operand that is off by one rounding, `unit`, turns every so-manieth code, by a step, which is
@@ -164,13 +196,14 @@ def test_matrices_of_half_types(device, dtype, stored, capability, monkeypatch):
         monkeypatch.setattr(dispatch, "assumed_capability", capability)
     elif capability is None:
         pytest.skip("a device has its own")
-    block = Block(Kind(bits=8, weight_bits=8, shift=2, head_transform="dct"))
-    x = block.tokens(1, 8, 8, seed=1).to(stored)
+    block = Block(kind._replace(bits=8, weight_bits=8))
+    x = block.tokens(1, 2 * kind.window, kind.window, seed=1).to(stored)
     found = run(x, block.folded("fold", dtype), device)
     assert found.dtype == stored
     added = block(x.double()) - x.double()
     error = found.double() - x.double() - added
-    limit = 8 * (UNIT[dtype] * 2.0**-7) ** 0.5 * added.norm()
+    # 10: for each quantizer one; of 60 and 90 channels 8.7 are reached, of 12 up to 5.
+    limit = 10 * (UNIT[dtype] * 2.0**-7) ** 0.5 * added.norm()
     limit += UNIT[stored] * x.double().norm()
     assert error.norm() < limit
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from compsrt import models
 from compsrt.models.swinir import SwinIR
 from compsrt.quantization import QuantSpec
-from compsrt.quantizers import Quantizer, WeightQuantizer, named_quantizers
+from compsrt.quantizers import Quantizer, WeightQuantizer, named_quantizers, observed
 from compsrt.transforms import next_power_of_two, transform_matrix
 
 VALUES = 200_000
@@ -140,9 +140,8 @@ def observe(
             last = x, site
             sharing[site] = [site]
 
-    for _, quantizer in named_quantizers(swapped):
-        quantizer.observer = see
-    swapped(pictures)
+    with observed((quantizer for _, quantizer in named_quantizers(swapped)), see):
+        swapped(pictures)
     for site, sites in sharing.items():
         if len(sites) > 1:  # q.input, k.input and v.input become qkv.input
             first, _, rest = operands[site].role.partition(".")

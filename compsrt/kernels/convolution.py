@@ -45,7 +45,7 @@ from .reference.convolution import check_convolution
 BEYOND_TF32 = tl.constexpr(0x1FFF)
 HALF_OF_TF32 = tl.constexpr(0x1000)
 # A cut takes 2^-11 of the power of two below a number on average, which is 1/(2 ln 2) of the number
-# where all sizes are alike.
+# where all sizes are alike. It is for devices that cut; one that rounded would be off by so much.
 OF_CUTTING = tl.constexpr(2.0**-11 * 0.7213475204444817)
 
 
@@ -154,7 +154,7 @@ def _load_vector(ptr, k, SIZE: tl.constexpr):
 @triton.jit
 def _within(i, end):
     """Whether 0 <= i < end, in one comparison."""
-    return i.to(tl.uint32) < end.to(tl.uint32)
+    return i.to(tl.uint32) < tl.cast(end, tl.uint32)  # an end of 1 is no tensor
 
 
 # --- Kernel --------------------------------------------------------------------------------------
@@ -181,7 +181,8 @@ def _convolve_kernel(
     lane = tl.arange(0, C.depth)[None, :]
     # What the loops move are these by a whole number each, not every entry by its own.
     at = x_ptr + b * stride_b + y.to(tl.int64) * stride_y + x.to(tl.int64) * C.stride
-    at += lane.to(tl.int64) * stride_k
+    step = tl.cast(stride_k, tl.int64)
+    at += lane * step
     at_weight = weight_ptr + n[:, None] * C.stride_n + lane * C.stride_k
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for tap in tl.range(0, C.side * C.side):
@@ -192,7 +193,7 @@ def _convolve_kernel(
         to_weight = tap // C.side * C.stride_down + tap % C.side * C.stride_across
         for first in tl.range(0, C.size, C.depth):
             there = inside & (lane < C.size - first)
-            tokens = tl.load(at + (to_tap + first * stride_k), mask=there, other=0.0)
+            tokens = tl.load(at + (to_tap + first * step), mask=there, other=0.0)
             if extras.mean is not None:
                 tokens = tokens.to(tl.float32) - _load_vector(extras.mean, first + lane, C.size)
                 tokens = tl.where(there, tokens, 0.0)
@@ -377,12 +378,12 @@ def convolve(
     gradients = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, *extras)
     )
-    if gradients or not use_triton(x):
+    wanted = x.dtype if dtype is None else dtype
+    if gradients or torch.float64 in (weight.dtype, wanted) or not use_triton(x):
         return reference.convolve(x, weight, bias, slope=slope, **options)
     check_convolution(x, weight, bias, **options)
-    dtype = x.dtype if dtype is None else dtype
     slope = 1.0 if slope is None else slope
-    return _convolve(x, weight, *extras, slope, shuffle, dtype, allow_tf32)
+    return _convolve(x, weight, *extras, slope, shuffle, wanted, allow_tf32)
 
 
 def examples():
@@ -390,20 +391,22 @@ def examples():
     for dtype, tf32 in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
         for name, size, out, shuffle in (
             ("first", 3, 60, 1),
+            ("single token", 60, 60, 1),
             ("layer", 60, 60, 1),
             ("layer int8", 60, 60, 1),
             ("wide layer", 180, 180, 1),
             ("x4", 60, 48, 4),
             ("x2", 60, 12, 2),
         ):
-            x = torch.empty(1, 184, 320, size, dtype=dtype)
+            height, width = (1, 1) if name == "single token" else (184, 320)  # 1 is no tensor
+            x = torch.empty(1, height, width, size, dtype=dtype)
             weight = torch.empty(out, size, 3, 3).to(memory_format=torch.channels_last)
             extras = Extras(bias=torch.empty(out))
             if name == "first":
                 x = torch.empty(1, size, 184, 320).permute(0, 2, 3, 1)
                 extras = extras._replace(mean=torch.empty(size))
             elif shuffle == 1:
-                extras = extras._replace(residual=torch.empty(1, 184, 320, out, dtype=dtype))
+                extras = extras._replace(residual=torch.empty(1, height, width, out, dtype=dtype))
             else:
                 extras = extras._replace(offset=torch.empty(3))
             if name == "layer int8":

@@ -237,9 +237,9 @@ def _constants(folded: FoldedBlock, capability: int | None) -> Constants:
         slice=folded.window**2 if folded.token is None else min(64, folded.window**2),
         # With more integers spill 128 bytes on sm_90, 96 channels 80 with less or in two stages.
         chunk=16 if integer else 64 if size > 64 else 32,
-        stages=2 if half and size <= 64 else 1,
+        stages=2 if half and size <= 64 and folded.window < 16 else 1,
         integer=integer,
-        fast=half and capability is not None,
+        fast=half and (capability or 0) >= 8,
         shared=len(folded.scalars.scores) == 1,
         eps1=folded.eps[0],
         eps2=folded.eps[1],

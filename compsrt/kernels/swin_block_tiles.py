@@ -1,7 +1,8 @@
 """Tile code of `swin_block.py`: what a folded block does with the tokens a program holds.
 
 Codes are tiles of the type that products of codes take: int8 where weights are codes, else the type
-of the floating matrices. Lanes beyond an axis hold 0.
+of the floating matrices. Lanes beyond an axis hold anything finite, but 0 in int8; matrices have zeros
+there.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -55,7 +56,7 @@ def exp2(x):
 def tanh(x):
     """tanh(x) to 11 bits, in one instruction of an NVIDIA device."""
     if tiles.INTERPRETED:
-        y = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2_E)))
+        y = (1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2_E)))).to(tl.float16).to(tl.float32)
     else:
         y = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -65,7 +66,8 @@ def tanh(x):
 
 @triton.jit
 def gelu_of_half(x):
-    """The GELU for a half type, of tanh; its two numbers are those of the least error, 2.7e-4."""
+    """The GELU for a half type, of tanh. Its two numbers are those of the least error, 2.7e-4; the last
+    bit of `tanh` adds up to 2^-12 of x."""
     of_half = 0.5 * x
     return of_half + of_half * tanh(x * (0.80015708 + 0.03470089 * (x * x)))
 
@@ -92,7 +94,8 @@ def lifted(t, CODES):
     """What `to_codes` makes codes of that type of: t and, for float16, 1.5 * 2^10.
 
     There a float16 has no fractions, so that to become one is to be rounded, half to even, and what is
-    left of a code takes half of the instructions. Where t is a bias or a zero point, lifting is free.
+    left of a code takes half of the instructions. Where t is a bias or a zero point, lifting is free, but
+    that a sum in float32 then ends at 2^-13 of a step.
     """
     if tl.float16 == CODES:
         t = t + LIFT
