@@ -202,8 +202,9 @@ def test_matrices_of_half_types(device, dtype, stored, capability, kind, monkeyp
     assert found.dtype == stored
     added = block(x.double()) - x.double()
     error = found.double() - x.double() - added
-    # 10: for each quantizer one; of 60 and 90 channels 8.7 are reached, of 12 up to 5.
-    limit = 10 * (UNIT[dtype] * 2.0**-7) ** 0.5 * added.norm()
+    # Of 60 and 90 channels 8.7 are reached, where each operand sums up more that was rounded.
+    most = 8 if kind.size < 60 else 10
+    limit = most * (UNIT[dtype] * 2.0**-7) ** 0.5 * added.norm()
     limit += UNIT[stored] * x.double().norm()
     assert error.norm() < limit
 

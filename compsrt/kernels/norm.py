@@ -6,8 +6,8 @@ x: (..., K). PyTorch gives each token a block of threads, of which tokens of 60 
 idle; here a program takes ROWS whole tokens. Everything is float32 in registers. Most norms of a
 compressed network are part of another launch (`quant_linear`, `quant_swin_block`); this is for those
 that are not: its first and last one, and all of an eager float network. (As part of the convolution
-after the last, which would normalize every token once for each of nine taps, it took three times the
-convolution's own instructions.) No gradients: where they are wanted PyTorch's runs.
+after the last it was made anew for each of nine taps: 12,071 instructions of a warp instead of
+4,566.) No gradients: where they are wanted PyTorch's runs.
 """
 
 # pyright: reportInvalidTypeForm=false

@@ -149,12 +149,12 @@ def _quant_swin_block_fwd_kernel(
         if rotation is not None:
             rotation = swin_block_tiles.load_rotation(token_ptr, 0, C)
         turned = swin_block_tiles.turn(rotation, v, scalars, C).to(TYPE)
-        y = swin_block_tiles.add_sums(turned, y)
+        y = swin_block_tiles.add_row_sum(turned, y)
     else:
         for first in tl.range(0, N, C.slice, num_stages=1, disable_licm=True):
             rotation = swin_block_tiles.load_rotation(token_ptr, first, C)
             turned = swin_block_tiles.turn(rotation, v, scalars, C).to(TYPE)
-            y = swin_block_tiles.add_sums(turned, y)
+            y = swin_block_tiles.add_row_sum(turned, y)
     y *= swin_block_tiles.load_lanes(scalars.attention_zero, 0, C)
 
     if C.shift > 0:
@@ -238,7 +238,6 @@ def _constants(folded: FoldedBlock, capability: int | None) -> Constants:
         # With more integers spill 128 bytes on sm_90, 96 channels 80 with less or in two stages.
         chunk=16 if integer else 64 if size > 64 else 32,
         stages=2 if half and size <= 64 and folded.window < 16 else 1,
-        integer=integer,
         fast=half and (capability or 0) >= 8,
         shared=len(folded.scalars.scores) == 1,
         eps1=folded.eps[0],

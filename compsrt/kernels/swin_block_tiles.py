@@ -31,7 +31,6 @@ class Constants(NamedTuple):
     slice: int  # coefficients of the rotated probabilities at a time
     chunk: int  # of hidden channels at a time
     stages: int  # of the loop over heads: with two a bias is loaded while the head before is done
-    integer: bool
     fast: bool  # with instructions of NVIDIA devices that are as exact as half types
     shared: bool  # all heads have the grids of the first
     eps1: float
@@ -335,7 +334,7 @@ def turn(token, v, scalars, C: tl.constexpr):
 
 
 @triton.jit
-def add_sums(turned, y):
+def add_row_sum(turned, y):
     """y (M, WIDTH_INNER) plus the sum of turned's rows, which is what zero points of probabilities are
     multiplied with. Of a half type a product with ones, faster than a sum across a program's threads."""
     if turned.dtype == tl.float32:

@@ -379,8 +379,8 @@ def set_arithmetic(model: nn.Module, arithmetic: str) -> None:
     """`QuantSwinBlock.set_arithmetic` of all blocks of a model; of models without them, nothing.
 
     The weights of the model's convolutions are laid out channels last, quantized ones dequantized once;
-    with "auto" they may multiply as TF32.
-    Blocks and quantized convolutions are run as they are now: after loading other values, call it again.
+    with "auto" they may multiply as TF32. Blocks and quantized convolutions are run as they are now:
+    after loading other values, call it again.
     On a CUDA device a folded model is captured and replayed (`Replay`).
     """
     if arithmetic not in ARITHMETICS:
