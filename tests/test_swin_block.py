@@ -21,6 +21,8 @@ from compsrt import kernels
 from compsrt.kernels import dispatch, reference, swin_block, swin_block_tiles
 from compsrt.kernels.dispatch import tl, triton
 from compsrt.kernels.reference import FoldedBlock
+from compsrt.kernels.reference import folded as folded_blocks
+from compsrt.kernels.reference.folded import HALF_UNITS
 from compsrt.quantization import QuantSpec
 
 on_each_device = pytest.mark.parametrize("device", DEVICES)
@@ -96,6 +98,55 @@ def test_half_types_pass_through_float32():
     torch.testing.assert_close(found, expected.bfloat16(), rtol=0, atol=0)
 
 
+def test_float16_matrices_in_float32():
+    """Units and padding of such a block are the kernel's matter, and come off where PyTorch runs it."""
+    block = Block(Kind(60, 6, 10, 120, 8, 4, "hadamard", bits=8, by_head=True))
+    x = block.tokens(1, 8, 16).float()
+    added = block(x.double()) - x
+    found = reference.quant_swin_block(x, block.folded("fold", torch.float16)) - x
+    assert (found - added).norm() < 0.02 * added.norm()
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+@pytest.mark.parametrize(
+    ("kind", "inside"),
+    [
+        (Kind(60, 6, 10, 120, 8, 4, "hadamard"), True),
+        (Kind(30, 3, 10, 62), True),  # just room for two lanes
+        (Kind(32, 2, 16, 128), False),
+        (Kind(31, 1, 31, 60), False),
+    ],
+    ids=["SwinIR-light", "30", "32", "31"],
+)
+def test_biases_in_matrices(kind, inside, bits, monkeypatch):
+    """What columns of matrices add are biases in vectors, to twice the bits of float16."""
+    block = Block(kind._replace(bits=bits))
+    found = block.folded("fold", torch.float16)
+    assert (found.enter.bias is None) == inside
+    monkeypatch.setattr(folded_blocks, "_with_biases_in", lambda block: block)
+    wanted = block.folded("fold", torch.float16)
+    assert wanted.enter.bias is not None
+    _, linears = folded_blocks.plain(found, torch.double)
+    for name, (weight, bias) in folded_blocks.plain(wanted, torch.double)[1].items():
+        assert torch.equal(linears[name][0], weight)
+        # A constant of 255 times half of the least that a column can hold.
+        torch.testing.assert_close(linears[name][1], bias, rtol=1e-6, atol=255 * 2**-25)
+
+
+def test_biases_that_no_column_can_make():
+    """Codes of a single value are 0, and so is what columns of theirs add; and float16 has an end."""
+    block = Block(Kind())
+    layer = block.layer("fc1")
+    one_code = layer._replace(grid=layer.grid._replace(alpha=torch.tensor(1e3).double()))
+    large = block.norms[0]._replace(bias=1e6 * torch.ones(12).double())
+    for changes in ({"fc1": one_code}, {"norms": (large, block.norms[1])}):
+        folded = block.folded("fold", torch.float16, **changes)
+        assert folded.enter.bias is not None
+        x = block.tokens(1, 4, 4).float()
+        assert reference.quant_swin_block(x, folded).isfinite().all()
+    assert block.folded("fold", torch.float16).enter.bias is None
+
+
 def test_the_blocks_of_a_model_fold():
     model = tiny_swinir(num_heads=(3,))
     spec = QuantSpec(bits=4, transform="dct", pruning=0.4, per_channel=True)
@@ -151,24 +202,35 @@ def test_a_window_of_several_programs(device):
 
 
 @triton.jit
-def _codes_kernel(t_ptr, low, high, out_ptr, COUNT: tl.constexpr, CODES: tl.constexpr):
+def _codes_kernel(
+    t_ptr, limits_ptr, out_ptr, COUNT: tl.constexpr, CODES: tl.constexpr, FAST: tl.constexpr
+):
     i = tl.arange(0, COUNT)
-    t = swin_block_tiles.lifted(tl.load(t_ptr + i), CODES)
-    tl.store(out_ptr + i, swin_block_tiles.to_codes(t, low, high, CODES).to(tl.float32))
+    low, high = tl.load(limits_ptr), tl.load(limits_ptr + 1)
+    codes = swin_block_tiles.to_codes(tl.load(t_ptr + i), low, high, CODES, FAST)
+    tl.store(out_ptr + i, codes.to(tl.float32))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # of 1e30, by the interpreter
 @on_each_device
 @pytest.mark.parametrize("codes", ["float16", "bfloat16", "int8"])
-@pytest.mark.parametrize(("low", "high"), [(-128, 127), (-8, 7), (-2, 1), (3, 5)])
-def test_codes_are_rounded_half_to_even_and_clamped(device, codes, low, high):
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize(("low", "high"), [(-128, 127), (-8, 7), (-2, 1), (3, 5), (0, 255)])
+def test_codes_are_rounded_half_to_even_and_clamped(device, fast, codes, low, high):
+    """In float16, where codes start at 0, in their unit, and with what is nearest to a tie."""
+    if codes == "float16":
+        low, high = 0, high - low
+    elif high > 127:
+        pytest.skip("codes beyond 8 bits")
     ends = torch.tensor([-torch.inf, -1e30, -1e5, -3000, 3000, 1e5, 1e30, torch.inf])
-    t = torch.cat([torch.arange(-1016, 1024) / 8, ends]).float()
+    ties = torch.arange(-128, 128) + 0.5
+    near = [ties.nextafter(side.expand(256)) for side in (ends[0], ends[-1])]
+    t = torch.cat([torch.arange(-760, 768) / 8, *near, ends]).float()
+    unit = HALF_UNITS[0] if codes == "float16" else 1.0
     found = torch.empty_like(t, device=device)
-    _codes_kernel[(1,)](
-        t.to(device), float(low), float(high), found, COUNT=len(t), CODES=getattr(tl, codes)
-    )
-    assert torch.equal(found.cpu(), t.round().clamp(low, high))
+    numbers = (n.to(device) * unit for n in (t, torch.tensor([low, high]).float()))
+    _codes_kernel[(1,)](*numbers, found, COUNT=len(t), CODES=getattr(tl, codes), FAST=fast)
+    assert torch.equal(found.cpu() / unit, t.round().clamp(low, high))
 
 
 HALF_KINDS = {
@@ -218,8 +280,8 @@ def test_codes_of_integers_are_the_reference_s(monkeypatch):
     of_kernel, module = swin_block_tiles.to_codes, reference.swin_block
     of_reference = module._to_codes
 
-    def to_codes(t, low, high, CODES):
-        codes = of_kernel(t, low, high, tl.float32)
+    def to_codes(t, low, high, CODES, FAST):
+        codes = of_kernel(t, low, high, tl.float32, FAST)
         found.append(torch.from_numpy(codes.handle.data.copy()))
         return codes.to(CODES)
 
@@ -312,6 +374,15 @@ def test_which_path_runs(device, size, monkeypatch):
     monkeypatch.setenv("COMPSRT_KERNELS", "reference")
     kernels.quant_swin_block(x, folded)
     assert len(ran) == 1 + (size == 160)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_device_that_flushes_halves(dtype, monkeypatch):
+    """Codes of float16 blocks would be 0 there."""
+    folded = Block(Kind()).folded("fold", dtype)
+    assert swin_block.fits(folded)
+    monkeypatch.setattr(swin_block, "flushes_halves", lambda device: True)
+    assert swin_block.fits(folded) == (dtype != torch.float16)
 
 
 @pytest.mark.skipif(not dispatch.INTERPRETED, reason="a device has what it has")

@@ -86,6 +86,15 @@ def capability(x: Tensor) -> int | None:
 
 
 @functools.lru_cache(maxsize=32)
+def flushes_halves(device: torch.device) -> bool:
+    """Whether a device's matrix products take float16 below its normal numbers for 0, as AMD's MI200 do
+    (https://docs.pytorch.org/docs/stable/notes/numerical_accuracy.html)."""
+    if device.type != "cuda" or not torch.version.hip:
+        return False
+    return "gfx90a" in torch.cuda.get_device_properties(device).gcnArchName
+
+
+@functools.lru_cache(maxsize=32)
 def processors(device: torch.device) -> int:
     """Multiprocessors of a device. Two on a CPU: enough for the interpreter to meet every case."""
     if device.type != "cuda":

@@ -21,13 +21,14 @@ so just as exactly. What has no codes on one side stays a product of floats, in 
 no codes.
 
 Its time goes into issuing instructions and waiting for one, not into products or memory: so what a
-program does to each of its entries is what counts. Codes are clamped as halves, two at a time, and
-rounded by becoming halves (`lifted`); masks are part of the bias of each kind of windows; sums over a
-program's threads are products with ones; in float16 and bf16 the GELU is one of tanh.
+program does to each of its entries is what counts. In float16 a code is made of two numbers at a time by
+two instructions, and biases come with the products (`reference/folded.py`); masks are part of the bias
+of each kind of windows; sums over a program's threads are products with ones; in float16 and bf16 the
+GELU is one of tanh.
 
 On an H200, SwinIR-light, fold in float16, a block of one picture of 320 x 180 took 83 us (shifted 87),
-of sixteen 69 (74) each, when a warp had 9,510 instructions for a window (shifted 9,678) instead of 7,142
-(7,276); with tiles of heads it was 200, and 164 of sixteen. Registers are scarce: with 168 of a thread
+of sixteen 69 (74) each, when a warp had 9,510 instructions for a window (shifted 9,678) instead of 5,555
+(5,582); with tiles of heads it was 200, and 164 of sixteen. Registers are scarce: with 168 of a thread
 three programs share a processor instead of two, which is worth a spill of some bytes outside of loops.
 So x is read again after the heads, addresses are computed again there (`later`), and sums begin with a
 bias where that helps. Integers are slower than fold: their rotations are six products of bf16 each,
@@ -45,35 +46,45 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..transforms import next_power_of_two
-from . import reference, swin_block_tiles, tiles
-from .dispatch import capability, on_device_of, tl, triton, use_triton
+from . import reference, swin_block_tiles
+from .dispatch import capability, flushes_halves, on_device_of, tl, triton, use_triton
 from .reference import FoldedBlock, Grid, LayerNormWeights, QuantLayer, QuantWeight
-from .reference.folding import SITES, FoldedLinear, HeadScalars
+from .reference.folded import (
+    LANES,
+    LINEARS,
+    SITES,
+    TILE,
+    FoldedLinear,
+    HeadScalars,
+    padded,
+    units,
+)
 from .reference.swin_block import check_block
 from .swin_block_tiles import Constants
 
-# Of `examples`: mode, type of matrices, C, heads, hidden, shift; windows of 8.
+# Of `examples`: mode, type of matrices, C, heads, hidden, window, shift.
 EXAMPLES = (
-    ("fold", torch.float16, 60, 6, 120, 0),
-    ("fold", torch.float16, 60, 6, 120, 4),
-    ("fold", torch.float16, 32, 2, 128, 4),
-    ("fold", torch.float16, 96, 6, 192, 4),
-    ("integer", torch.float32, 60, 6, 120, 0),
-    ("integer", torch.float32, 60, 6, 120, 4),
+    ("fold", torch.float16, 60, 6, 120, 8, 0),
+    ("fold", torch.float16, 60, 6, 120, 8, 4),
+    ("fold", torch.float16, 32, 2, 128, 8, 4),
+    ("fold", torch.float16, 96, 6, 192, 8, 4),
+    ("fold", torch.float16, 60, 6, 120, 16, 8),
+    ("integer", torch.float32, 60, 6, 120, 8, 0),
+    ("integer", torch.float32, 60, 6, 120, 8, 4),
 )
 # Spills in bytes that are accepted for examples, None where one is not compiled. On sm_80 operands in
 # shared memory are read into registers before the loop over heads; integers spill 496 bytes there. The
-# widths beside SwinIR-light's are compiled for sm_90 alone, to keep the table short.
+# widths and windows beside SwinIR-light's are compiled for sm_90 alone, to keep the table short.
 _SM_90_ALONE = {"cuda:80": None, "cuda:100": None, "hip:gfx942": None}
 SPILLS = {
     "integer 60": {"cuda:80": None},
     "integer 60 shifted": {"cuda:80": None},
     "fold 32 to 128 shifted": _SM_90_ALONE,
     "fold 96 shifted": _SM_90_ALONE,
+    "fold 60 shifted, windows of 16": _SM_90_ALONE,
 }
 WINDOWS = (4, 8, 16)
-LARGEST = 128  # C and heads * d
+MOST_DOWN = 2**16 - 1  # of programs along the second and third axis of a launch
 # Tokens of a program in windows of 16 x 16. 64 would spill 648 bytes at a width of 32 already.
 ROWS_OF_16 = 32
 
@@ -123,26 +134,26 @@ def _quant_swin_block_fwd_kernel(
     INNER: tl.constexpr = C.width_inner
     PARTS: tl.constexpr = N // ROWS
     SLICES: tl.constexpr = N // C.slice
-    program = tl.program_id(0)
+    left = tl.program_id(0) // PARTS
     token = tl.arange(0, N)
-    row = program % PARTS * ROWS + tl.arange(0, ROWS)
-    tokens = tiles.locate(token, program // PARTS, height, width, C.window, C.shift)
-    rows = tiles.locate(row, program // PARTS, height, width, C.window, C.shift)
+    row = tl.program_id(0) % PARTS * ROWS + tl.arange(0, ROWS)
+    tokens = swin_block_tiles.locate(token, left, height, width, C)
+    rows = swin_block_tiles.locate(row, left, height, width, C)
 
     x = swin_block_tiles.normalize(_load_tokens(x_ptr, tokens, C), C.eps1, C)
-    t = swin_block_tiles.linear(x.to(TYPE), enter, C.size, C.width, C.size)
+    t = swin_block_tiles.linear(x.to(TYPE), enter, C.width, C.width)
     k_in = swin_block_tiles.input_codes(t, inputs_ptr, limits_ptr, 1, C, CODES)
     v_in = swin_block_tiles.input_codes(t, inputs_ptr, limits_ptr, 2, C, CODES)
     if PARTS > 1:
         x = swin_block_tiles.normalize(_load_tokens(x_ptr, rows, C), C.eps1, C)
-        t = swin_block_tiles.linear(x.to(TYPE), enter, C.size, C.width, C.size)
+        t = swin_block_tiles.linear(x.to(TYPE), enter, C.width, C.width)
     q_in = swin_block_tiles.input_codes(t, inputs_ptr, limits_ptr, 0, C, CODES)
 
     k = swin_block_tiles.heads_codes(k_in, key, scalars, 1, C, HEAD_CODES)
     v = swin_block_tiles.heads_codes(v_in, value, scalars, 2, C, HEAD_CODES)
     q = swin_block_tiles.heads_codes(q_in, query, scalars, 0, C, QUERY)
     query_zero = swin_block_tiles.load_lanes(scalars.query_zero, 0, C)
-    q = swin_block_tiles.parts(q + query_zero.to(QUERY), TYPE)
+    q = swin_block_tiles.parts(swin_block_tiles.with_zero_point(q, query_zero, C), TYPE)
     y = tl.zeros((ROWS, INNER), tl.float32)
     if SLICES == 1:
         rotation = token_ptr
@@ -168,7 +179,7 @@ def _quant_swin_block_fwd_kernel(
             s = swin_block_tiles.add_product(
                 swin_block_tiles.chosen(q[part], inside), tl.trans(k), s
             )
-        p, share = swin_block_tiles.softmax(s, scale)
+        p, share = swin_block_tiles.softmax(s, scale, C.fast)
         o = tl.zeros((ROWS, INNER), tl.float32)
         if SLICES == 1:
             codes = swin_block_tiles.rotated_codes(
@@ -186,14 +197,15 @@ def _quant_swin_block_fwd_kernel(
         y += o * inside
 
     y *= swin_block_tiles.load_lanes(scalars.attention, 0, C)
-    y = swin_block_tiles.linear(y.to(TYPE), merge, C.inner, INNER, C.inner, CODES=CODES)
-    codes = swin_block_tiles.to_codes_of(y, limits_ptr, 3, C.inner, CODES)
+    y = swin_block_tiles.with_ones(y, C.inner, C)
+    y = swin_block_tiles.linear(y.to(TYPE), merge, INNER, INNER, UNIT=C.unit)
+    codes = swin_block_tiles.to_codes_of(y, limits_ptr, 3, C.inner, CODES, C.fast)
     # Read again, so that the loop above has more registers.
-    rows = tiles.locate(row + later, program // PARTS, height, width, C.window, C.shift)
+    rows = swin_block_tiles.locate(row + later, left, height, width, C)
     x = _load_tokens(x_ptr, rows, C)
-    x += swin_block_tiles.linear(codes, proj, C.size, C.width, C.inner, later)
+    x += swin_block_tiles.linear(codes, proj, C.width, INNER, later) * (1 / C.unit)
     x = swin_block_tiles.mlp(x, middle, fc1, hidden, fc2, limits_ptr, C, TYPE, CODES, later)
-    rows = tiles.locate(row + 2 * later, program // PARTS, height, width, C.window, C.shift)
+    rows = swin_block_tiles.locate(row + 2 * later, left, height, width, C)
     column = tl.arange(0, C.width)[None, :]
     to = out_ptr + rows.number.to(tl.int64)[:, None] * C.size + column
     tl.store(to, x.to(out_ptr.dtype.element_ty), mask=column < C.size)
@@ -201,43 +213,30 @@ def _quant_swin_block_fwd_kernel(
 
 # --- Host ----------------------------------------------------------------------------------------
 
-_LINEARS = (
-    "enter",
-    "query",
-    "key",
-    "value",
-    "merge",
-    "proj",
-    "middle",
-    "fc1",
-    "hidden",
-    "fc2",
-)
-
 
 def _constants(folded: FoldedBlock, capability: int | None) -> Constants:
-    size, inner = len(folded.enter.bias), len(folded.merge.bias)
-    hidden, heads = len(folded.hidden.bias), folded.heads
+    size, inner, hidden = folded.sizes
     integer, half = folded.mode == "integer", folded.enter.weight.dtype.itemsize == 2
-    d = inner // heads
-    width_hidden = max(16, next_power_of_two(hidden))
+    unit, of_value = units(folded)
     return Constants(
-        heads=heads,
+        heads=folded.heads,
         window=folded.window,
         shift=folded.shift,
         size=size,
         inner=inner,
         hidden=hidden,
-        d=d,
-        # A product of int8 has 32 terms at least.
-        width=max(32, next_power_of_two(size)),
-        width_inner=max(32, next_power_of_two(inner)),
-        width_hidden=min(max(32, width_hidden), 128),
+        d=inner // folded.heads,
+        width=padded(size),
+        width_inner=padded(inner),
+        width_hidden=min(padded(hidden), TILE),
+        columns_hidden=padded(hidden),
         rows=folded.window**2 if folded.window < 16 else ROWS_OF_16,
         slice=folded.window**2 if folded.token is None else min(64, folded.window**2),
-        # With more integers spill 128 bytes on sm_90, 96 channels 80 with less or in two stages.
-        chunk=16 if integer else 64 if size > 64 else 32,
-        stages=2 if half and size <= 64 and folded.window < 16 else 1,
+        chunk=16 if integer else 32,  # with more integers spill 128 bytes on sm_90
+        stages=2 if half and folded.window < 16 else 1,
+        unit=unit,
+        raised=of_value / unit,
+        ones=LANES if folded.enter.bias is None else 0,
         fast=half and (capability or 0) >= 8,
         shared=len(folded.scalars.scores) == 1,
         eps1=folded.eps[0],
@@ -262,9 +261,9 @@ def _forward(x: Tensor, folded: FoldedBlock) -> Tensor:
     batch, height, width, _ = x.shape
     of_device = capability(x)
     constants = _constants(folded, of_device)
-    windows = batch * (height // folded.window) * (width // folded.window)
+    across = width // folded.window * (folded.window**2 // constants.rows)
     with on_device_of(x):
-        _quant_swin_block_fwd_kernel[(windows * (folded.window**2 // constants.rows),)](
+        _quant_swin_block_fwd_kernel[(across, height // folded.window, batch)](
             x,
             out,
             folded.enter,
@@ -296,10 +295,11 @@ def _forward(x: Tensor, folded: FoldedBlock) -> Tensor:
 
 def _flatten(folded: FoldedBlock) -> tuple[list[Tensor], list[bool], list[int], list[float]]:
     """A block as arguments of an operator: its tensors, which of them it has, numbers, epsilons."""
-    slots = [t for name in _LINEARS for t in getattr(folded, name)]
+    slots = [t for name in LINEARS for t in getattr(folded, name)]
     slots += [folded.inputs, folded.limits, folded.bias, folded.token, *folded.scalars]
     ranges = [end for pair in folded.ranges for end in pair]
-    numbers = [int(folded.mode == "integer"), folded.heads, folded.window, folded.shift]
+    numbers = [int(folded.mode == "integer"), *folded.sizes]
+    numbers += [folded.heads, folded.window, folded.shift]
     return (
         [t for t in slots if t is not None],
         [t is not None for t in slots],
@@ -318,9 +318,9 @@ def _unflatten(
     def take(count: int) -> list:
         return [next(slots) for _ in range(count)]
 
-    linears = {name: FoldedLinear(*take(len(FoldedLinear._fields))) for name in _LINEARS}
+    linears = {name: FoldedLinear(*take(len(FoldedLinear._fields))) for name in LINEARS}
     inputs, limits, bias, token = take(4)
-    integer, heads, window, shift, *rest = numbers
+    integer, size, inner, hidden, heads, window, shift, *rest = numbers
     ranges = rest[len(SITES) :]
     return FoldedBlock(
         **linears,
@@ -330,6 +330,7 @@ def _unflatten(
         token=token,
         scalars=HeadScalars(*take(len(HeadScalars._fields))),
         mode="integer" if integer else "fold",
+        sizes=(size, inner, hidden),
         heads=heads,
         window=window,
         shift=shift,
@@ -366,9 +367,10 @@ def _(x, tensors, present, numbers, eps):
 
 
 def fits(folded: FoldedBlock) -> bool:
-    """Whether the kernel holds such a block."""
-    widths = len(folded.enter.bias), len(folded.merge.bias)
-    return folded.window in WINDOWS and max(widths) <= LARGEST
+    """Whether the kernel holds such a block, on the device where it is."""
+    if folded.enter.weight.dtype == torch.float16 and flushes_halves(folded.bias.device):
+        return False
+    return folded.window in WINDOWS and max(folded.sizes[:2]) <= TILE
 
 
 def quant_swin_block(x: Tensor, folded: FoldedBlock) -> Tensor:
@@ -382,9 +384,11 @@ def quant_swin_block(x: Tensor, folded: FoldedBlock) -> Tensor:
     check_block(x, folded)
     if not (use_triton(x) and fits(folded)):
         return reference.quant_swin_block(x, folded)
-    if x.shape[:3].numel() >= 2**31:
+    down = x.shape[1] // folded.window
+    if x.shape[:3].numel() >= 2**31 or max(x.shape[0], down) > MOST_DOWN:
         raise ValueError(
-            f"x: no kernel for {x.shape[:3].numel()} tokens; split the batch below 2^31 tokens"
+            f"x: no kernel for {tuple(x.shape)}; split it below 2^31 tokens, and {MOST_DOWN + 1} pictures"
+            " and rows of windows"
         )
     return _quant_swin_block(x, *_flatten(folded))
 
@@ -400,8 +404,7 @@ def examples():
         weight = QuantWeight(torch.zeros(out, size), grid, mask)
         return QuantLayer(grid, weight, torch.zeros(out), torch.eye(size) if transform else None)
 
-    window = 8
-    for mode, dtype, size, heads, hidden, shift in EXAMPLES:
+    for mode, dtype, size, heads, hidden, window, shift in EXAMPLES:
         norm = LayerNormWeights(torch.ones(size), torch.zeros(size))
         folded = reference.fold_block(
             [layer(size, size, False)] * 3,
@@ -423,4 +426,5 @@ def examples():
         x = torch.empty(1, 64, 64, size)
         ratio = hidden // size
         label = f"{mode} {size}" + f" to {hidden}" * (ratio != 2) + " shifted" * (shift > 0)
+        label += f", windows of {window}" * (window != 8)
         yield label, lambda x=x, folded=folded: _forward(x, folded), SPILLS.get(label, {})

@@ -2,7 +2,7 @@
 
 Codes are tiles of the type that products of codes take: int8 where weights are codes, else the type
 of the floating matrices. Lanes beyond an axis hold anything finite, but 0 in int8; matrices have zeros
-there.
+there. What units and lanes of ones are is told in `reference/folded.py`.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -27,17 +27,22 @@ class Constants(NamedTuple):
     width: int  # tile sizes: of C, heads * d, hidden
     width_inner: int
     width_hidden: int  # of the rotated hidden tokens that are made at a time
+    columns_hidden: int  # of all of them
     rows: int  # tokens of a program
     slice: int  # coefficients of the rotated probabilities at a time
     chunk: int  # of hidden channels at a time
     stages: int  # of the loop over heads: with two a bias is loaded while the head before is done
+    unit: float  # what a code of 1 is,
+    raised: (
+        float  # and how often it is in what a number made of codes and a zero point is counted in
+    )
+    ones: int  # lanes of 1 that make biases, after the channels of numbers that are no codes
     fast: bool  # with instructions of NVIDIA devices that are as exact as half types
     shared: bool  # all heads have the grids of the first
     eps1: float
     eps2: float
 
 
-LIFT = tl.constexpr(1536.0)  # see `lifted`
 LOG2_E = tl.constexpr(1.4426950408889634)  # log2(e)
 
 
@@ -64,11 +69,41 @@ def tanh(x):
 
 
 @triton.jit
-def gelu_of_half(x):
-    """The GELU for a half type, of tanh. Its two numbers are those of the least error, 2.7e-4; the last
-    bit of `tanh` adds up to 2^-12 of x."""
-    of_half = 0.5 * x
-    return of_half + of_half * tanh(x * (0.80015708 + 0.03470089 * (x * x)))
+def reciprocal(x):
+    """1 / x of a normal x, off by one of float32's last bits, in one instruction of an NVIDIA device."""
+    if tiles.INTERPRETED:
+        y = 1.0 / x
+    else:
+        y = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return y
+
+
+@triton.jit
+def to_half_above_zero(x):
+    """max(x, 0) in float16, NaN where x is, in one instruction of an NVIDIA device for two entries."""
+    if tiles.INTERPRETED:
+        y = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
+    else:
+        y = tl.inline_asm_elementwise(
+            "cvt.rn.relu.f16x2.f32 $0, $2, $1;",
+            "=r,f,f",
+            [x],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    return y
+
+
+@triton.jit
+def gelu_of_half(x, UNIT: tl.constexpr):
+    """The GELU of x / UNIT for a half type, of tanh. Its two numbers are those of the least error, 2.7e-4;
+    the last bit of `tanh` adds up to 2^-12 of x."""
+    of_half = x * (0.5 / UNIT)
+    inner = x * (0.80015708 / UNIT + (0.03470089 / (UNIT * UNIT * UNIT)) * (x * x))
+    return of_half + of_half * tanh(inner)
 
 
 @triton.jit
@@ -89,24 +124,15 @@ def gelu(x):
 
 
 @triton.jit
-def lifted(t, CODES):
-    """What `to_codes` makes codes of that type of: t and, for float16, 1.5 * 2^10.
-
-    There a float16 has no fractions, so that to become one is to be rounded, half to even, and what is
-    left of a code takes half of the instructions. Where t is a bias or a zero point, lifting is free, but
-    that a sum in float32 then ends at 2^-13 of a step.
-    """
+def to_codes(t, low, high, CODES, FAST):
+    """The codes low to high of a tile t in float32. In float16 low is 0, and all is in the unit of codes,
+    of which this type has no fractions: to become one is to be rounded, half to even."""
     if tl.float16 == CODES:
-        t = t + LIFT
-    return t
-
-
-@triton.jit
-def to_codes(t, low, high, CODES):
-    """The codes of a tile t, lifted, in float32; low and high are whole numbers."""
-    if tl.float16 == CODES:
-        low, high = lifted(low, CODES).to(CODES), lifted(high, CODES).to(CODES)
-        codes = tiles.clamp(t.to(CODES), low, high) - LIFT
+        if FAST:
+            codes = to_half_above_zero(t)
+        else:
+            codes = tl.maximum(t, 0.0, propagate_nan=tl.PropagateNan.ALL).to(CODES)
+        codes = tl.minimum(codes, high.to(CODES), propagate_nan=tl.PropagateNan.ALL)
     elif tl.int8 == CODES:  # the last bits of what rounds a float32
         bits = (tiles.clamp(t, low, high) + tiles.ROUNDER).to(tl.int32, bitcast=True)
         codes = bits.to(tl.int8)
@@ -116,22 +142,43 @@ def to_codes(t, low, high, CODES):
 
 
 @triton.jit
-def load_vector(ptr, first, COUNT: tl.constexpr, end):
-    """Entries first to first + COUNT, (1, COUNT) in float32, 0 from `end` on."""
-    n = tl.arange(0, COUNT)[None, :]
-    return tl.load(ptr + first + n, mask=n < end - first, other=0.0).to(tl.float32)
+def locate(token, left, height, width, C: tl.constexpr):
+    """The `tiles.Tokens` of this program's window, whose place in the launch is its place in the batch."""
+    batch, top = tl.program_id(2), tl.program_id(1)
+    return tiles.locate_at(token, batch, top, left, height, width, C.window, C.shift)
 
 
 @triton.jit
-def load_matrix(ptr, n, k, stride, rows_end, columns_end):
-    """Rows n (N, 1) and columns k (1, K) of a matrix, 0 from the two ends on."""
-    return tl.load(ptr + n * stride + k, mask=(n < rows_end) & (k < columns_end), other=0)
+def with_zero_point(codes, zero, C: tl.constexpr):
+    """codes + zero in the codes' type, which zero is already counted for."""
+    if C.raised != 1:
+        codes = codes * C.raised
+    return codes + zero.to(codes.dtype)
 
 
 @triton.jit
-def spread(vector, ROWS: tl.constexpr):
-    """A vector (1, COUNT) in every row of (ROWS, COUNT): what a sum that has a bias starts with."""
-    return tl.zeros((ROWS, vector.shape[1]), tl.float32) + vector
+def load_vector(ptr, first, COUNT: tl.constexpr):
+    """Entries first to first + COUNT, (1, COUNT) in float32."""
+    return tl.load(ptr + first + tl.arange(0, COUNT)[None, :]).to(tl.float32)
+
+
+@triton.jit
+def biases(ptr, first, ROWS: tl.constexpr, COUNT: tl.constexpr):
+    """What a sum (ROWS, COUNT) starts with: entries first to first + COUNT of a bias, or zeros."""
+    if ptr is None:
+        y = tl.zeros((ROWS, COUNT), tl.float32)
+    else:
+        y = tl.broadcast_to(load_vector(ptr, first, COUNT), (ROWS, COUNT))
+    return y
+
+
+@triton.jit
+def with_ones(x, size, C: tl.constexpr):
+    """x (M, WIDTH) with the lanes of ones after its `size` channels."""
+    if C.ones > 0:
+        lane = tl.arange(0, x.shape[1])[None, :]
+        x = tl.where((lane >= size) & (lane < size + C.ones), 1.0, x)
+    return x
 
 
 @triton.jit
@@ -174,44 +221,39 @@ def count(a, b):
 
 
 @triton.jit
-def multiply(x, layer, total, first, end, first_in, IN: tl.constexpr, later=0):
+def multiply(x, layer, total, first, first_in, IN: tl.constexpr, later=0):
     """total (M, COUNT) plus x (M, K) times columns first_in to first_in + K of rows first to first +
-    COUNT, but none from `end` on, of a FoldedLinear with IN columns, without its bias. later: 0, see
-    the kernel.
+    COUNT of a FoldedLinear with IN columns, without its bias. later: 0, see the kernel.
     """
     COUNT: tl.constexpr = total.shape[1]
     # What a loop moves is one pointer then, not those of all entries, which would not fit.
     at = first * IN + first_in
-    n = later + tl.arange(0, COUNT)[:, None]
-    k = tl.arange(0, x.shape[1])[None, :]
-    weight = tl.trans(load_matrix(layer.weight + at, n, k, IN, end - first, IN - first_in))
+    entry = (later + tl.arange(0, COUNT)[:, None]) * IN + tl.arange(0, x.shape[1])[None, :]
+    weight = tl.trans(tl.load(layer.weight + at + entry))
     if layer.scale is None:
         return add_product(x, weight, total)
     else:
         if layer.mask is None:
             kept = tl.sum(x.to(tl.int32), 1)[:, None].to(tl.float32)
         else:
-            kept = count(
-                x, tl.trans(load_matrix(layer.mask + at, n, k, IN, end - first, IN - first_in))
-            )
-        y = count(x, weight) * load_vector(layer.scale, first, COUNT, end)
-        y += kept * load_vector(layer.zero, first, COUNT, end)
+            kept = count(x, tl.trans(tl.load(layer.mask + at + entry)))
+        y = count(x, weight) * load_vector(layer.scale, first, COUNT)
+        y += kept * load_vector(layer.zero, first, COUNT)
         return total + y
 
 
 @triton.jit
-def linear(
-    x,
-    layer,
-    OUT: tl.constexpr,
-    WIDTH_OUT: tl.constexpr,
-    IN: tl.constexpr,
-    later=0,
-    CODES: tl.constexpr = tl.float32,
-):
-    """x (M, K) through a whole FoldedLinear of OUT rows: (M, WIDTH_OUT) in float32, lifted for CODES."""
-    bias = spread(lifted(load_vector(layer.bias, 0, WIDTH_OUT, OUT), CODES), x.shape[0])
-    return multiply(x, layer, bias, 0, OUT, 0, IN, later=later)
+def linear(x, layer, OUT: tl.constexpr, IN: tl.constexpr, later=0, UNIT: tl.constexpr = 1.0):
+    """x (M, IN) through a whole FoldedLinear: (M, OUT) in float32, times UNIT but for the bias."""
+    if UNIT == 1:
+        start = biases(layer.bias, 0, x.shape[0], OUT)
+        y = multiply(x, layer, start, 0, 0, IN, later=later)
+    else:
+        y = tl.zeros((x.shape[0], OUT), tl.float32)
+        y = multiply(x, layer, y, 0, 0, IN, later=later) * UNIT
+        if layer.bias is not None:
+            y += load_vector(layer.bias, 0, OUT)
+    return y
 
 
 @triton.jit
@@ -219,16 +261,17 @@ def normalize(x, EPS: tl.constexpr, C: tl.constexpr):
     """The layer norm of the rows of x (M, WIDTH), without weight and bias."""
     inside = tl.arange(0, x.shape[1])[None, :] < C.size
     mean, inverse = tiles.layer_norm_statistics(x, inside, C.size, EPS, C.fast)
-    return tl.where(inside, (x - mean) * inverse, 0.0)
+    return with_ones(tl.where(inside, (x - mean) * inverse, 0.0), C.size, C)
 
 
 @triton.jit
-def to_codes_of(t, limits_ptr, i: tl.constexpr, end, CODES):
-    """The codes of t (M, K), lifted, as input i of the linear layers, int8 ones 0 from lane `end` on.
+def to_codes_of(t, limits_ptr, i: tl.constexpr, end, CODES, FAST):
+    """The codes of t (M, K) as input i of the linear layers, int8 ones 0 from lane `end` on.
 
     In other types matrices have zeros there, and `multiply` does not sum up the codes.
     """
-    codes = to_codes(t, tl.load(limits_ptr + 2 * i), tl.load(limits_ptr + 2 * i + 1), CODES)
+    low, high = tl.load(limits_ptr + 2 * i), tl.load(limits_ptr + 2 * i + 1)
+    codes = to_codes(t, low, high, CODES, FAST)
     if tl.int8 == CODES:
         codes = tl.where(tl.arange(0, t.shape[1])[None, :] < end, codes, 0)
     return codes
@@ -237,8 +280,8 @@ def to_codes_of(t, limits_ptr, i: tl.constexpr, end, CODES):
 @triton.jit
 def input_codes(t, inputs_ptr, limits_ptr, i: tl.constexpr, C: tl.constexpr, CODES):
     """The codes of t as inputs of q, k or v."""
-    t = t * tl.load(inputs_ptr + 2 * i) + lifted(-tl.load(inputs_ptr + 2 * i + 1), CODES)
-    return to_codes_of(t, limits_ptr, i, C.size, CODES)
+    t = t * tl.load(inputs_ptr + 2 * i) - tl.load(inputs_ptr + 2 * i + 1)
+    return to_codes_of(t, limits_ptr, i, C.size, CODES, C.fast)
 
 
 @triton.jit
@@ -246,27 +289,29 @@ def heads_codes(x, layer, scalars, i: tl.constexpr, C: tl.constexpr, CODES):
     """The codes (M, WIDTH_INNER) of all heads' queries, keys or values from those of its inputs x."""
     INNER: tl.constexpr = C.width_inner
     if layer.rotation is None:
-        y = linear(x, layer, C.inner, INNER, C.size, CODES=CODES)
+        y = linear(x, layer, INNER, C.width)
     else:  # each head has its own, in a block of one matrix
         M: tl.constexpr = x.shape[0]
         zeros = tl.zeros((M, INNER), tl.float32)
-        y = multiply(x, layer, zeros, 0, C.inner, 0, C.size)
+        y = multiply(x, layer, zeros, 0, 0, C.width)
         row = tl.arange(0, INNER)[:, None]
         lane = tl.arange(0, INNER)[None, :]
         inside = (row // C.d == lane // C.d) & (row < C.inner)
         at = layer.rotation + row * C.d + lane % C.d
         rotation = tl.load(at, mask=inside, other=0.0)
-        bias = lifted(load_vector(layer.bias, 0, INNER, C.inner), CODES)
-        y = add_product(y, rotation, spread(bias, M))
-    return to_codes(y, load_lanes(scalars.low, i, C), load_lanes(scalars.high, i, C), CODES)
+        y = add_product(y, rotation, biases(layer.bias, 0, M, INNER))
+    low, high = load_lanes(scalars.low, i, C), load_lanes(scalars.high, i, C)
+    return to_codes(y, low, high, CODES, C.fast)
 
 
 @triton.jit
 def load_lanes(ptr, i: tl.constexpr, C: tl.constexpr):
-    """The i-th scalar of each lane's head, (1, WIDTH_INNER)."""
-    lane = tl.arange(0, C.width_inner)[None, :]
-    at = 0 * lane + i if C.shared else i * C.heads + lane // C.d
-    return tl.load(ptr + at, mask=lane < C.inner, other=0.0)
+    """The i-th scalar of each lane's head, (1, WIDTH_INNER), or the one of all heads."""
+    if C.shared:
+        return tl.load(ptr + i)
+    else:
+        lane = tl.arange(0, C.width_inner)[None, :]
+        return tl.load(ptr + i * C.heads + lane // C.d, mask=lane < C.inner, other=0.0)
 
 
 @triton.jit
@@ -301,11 +346,16 @@ def parts(x, TYPE: tl.constexpr):
 
 
 @triton.jit
-def softmax(s, scale):
+def softmax(s, scale, FAST):
     """exp(scale s) over exp(scale highest s of a row), (M, N), and 1 over each row's sum, (M, 1)."""
     scale *= LOG2_E
     powers = exp2(s * scale - tl.max(s, 1)[:, None] * scale)
-    return powers, (1.0 / tl.sum(powers, 1))[:, None]
+    total = tl.sum(powers, 1)[:, None]
+    if FAST:
+        share = reciprocal(total)
+    else:
+        share = 1.0 / total
+    return powers, share
 
 
 @triton.jit
@@ -322,15 +372,15 @@ def turn(token, v, scalars, C: tl.constexpr):
     (N, WIDTH_INNER), token are rows of T^T or None, where these are all rows of v^."""
     zero = load_lanes(scalars.value_zero, 0, C)
     if token is None:
-        return v.to(tl.float32) + zero
+        return v.to(tl.float32) * C.raised + zero
     elif v.dtype == tl.float16 and C.width_inner <= 64:
-        return times(token, v + zero.to(tl.float16))
+        return times(token, with_zero_point(v, zero, C))
     else:  # v^ in bfloat16 would lose too much; of more channels it spills 128 bytes on sm_90
         SLICE: tl.constexpr = C.slice
         INNER: tl.constexpr = C.width_inner
         zeros = tl.zeros((SLICE, INNER), tl.float32)
         sums = tl.sum(token.to(tl.float32), 1)[:, None]
-        return add_product(token, v, zeros) + sums * zero
+        return add_product(token, v, zeros) * C.raised + sums * zero
 
 
 @triton.jit
@@ -350,13 +400,13 @@ def rotated_codes(p, share, token, scalars, head, C: tl.constexpr, TYPE, CODES):
     """The codes (M, SLICE) of probabilities p (M, N), times share, rotated by token, which are rows of
     T^T, or None."""
     inverse = share * load_scalar(scalars.attention_inverse, 0, head, C)
-    less_zero = lifted(-load_scalar(scalars.attention_zero, 0, head, C), CODES)
+    zero = load_scalar(scalars.attention_zero, 0, head, C)
     low, high = load_scalar(scalars.low, 3, head, C), load_scalar(scalars.high, 3, head, C)
     if token is None:
         t = p
     else:
         t = times(p.to(TYPE), tl.trans(token))
-    return to_codes(t * inverse + less_zero, low, high, CODES)
+    return to_codes(t * inverse - zero, low, high, CODES, C.fast)
 
 
 @triton.jit
@@ -368,18 +418,22 @@ def mlp(x, middle, fc1, hidden, fc2, limits_ptr, C: tl.constexpr, TYPE, CODES, l
     ROWS: tl.constexpr = C.rows
     WIDTH_HIDDEN: tl.constexpr = C.width_hidden
     t = normalize(x, C.eps2, C).to(TYPE)
-    t = linear(t, middle, C.size, C.width, C.size, 2 * later, CODES=CODES)
-    codes = to_codes_of(t, limits_ptr, 4, C.size, CODES)
+    t = linear(t, middle, C.width, C.width, 2 * later, UNIT=C.unit)
+    codes = to_codes_of(t, limits_ptr, 4, C.size, CODES, C.fast)
     for first in tl.range(0, C.hidden, C.width_hidden, num_stages=1, disable_licm=True):
         turned = tl.zeros((ROWS, WIDTH_HIDDEN), tl.float32)
-        for start in tl.range(0, C.hidden, C.chunk, num_stages=1, disable_licm=True):
-            h = spread(load_vector(fc1.bias, start, C.chunk, C.hidden), ROWS)
-            h = multiply(codes, fc1, h, start, C.hidden, 0, C.size)
-            h = gelu_of_half(h).to(TYPE) if C.fast else gelu(h).to(TYPE)
+        for start in tl.range(0, C.hidden, C.chunk, num_stages=C.stages, disable_licm=True):
+            h = biases(fc1.bias, start, ROWS, C.chunk)
+            h = multiply(codes, fc1, h, start, 0, C.width)
+            h = gelu_of_half(h, C.unit) if C.fast else gelu(h * (1 / C.unit))
             # Zeros and the biases afterwards: with sums that go on integers spill 400 bytes on sm_80.
             zeros = tl.zeros((ROWS, WIDTH_HIDDEN), tl.float32)
-            turned += multiply(h, hidden, zeros, first, C.hidden, start, C.hidden)
-        turned += lifted(load_vector(hidden.bias, first, C.width_hidden, C.hidden), CODES)
-        of_fc2 = to_codes_of(turned, limits_ptr, 5, C.hidden - first, CODES)
-        x = multiply(of_fc2, fc2, x, 0, C.size, first, C.hidden)
-    return x + load_vector(fc2.bias, 0, C.width, C.size)
+            turned += multiply(h.to(TYPE), hidden, zeros, first, start, C.columns_hidden)
+        turned *= C.unit
+        if hidden.bias is not None:
+            turned += load_vector(hidden.bias, first, C.width_hidden)
+        of_fc2 = to_codes_of(turned, limits_ptr, 5, C.hidden - first, CODES, C.fast)
+        x = multiply(of_fc2, fc2, x * C.unit, 0, first, C.columns_hidden) * (1 / C.unit)
+    if fc2.bias is not None:
+        x += load_vector(fc2.bias, 0, C.width) * (1 / C.unit)
+    return x

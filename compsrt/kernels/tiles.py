@@ -78,8 +78,13 @@ def locate(token, window, height, width, WINDOW: tl.constexpr, SHIFT: tl.constex
     across = width // WINDOW
     batch = window // (down * across)
     top = window // across % down
-    left = window % across
-    bottom, right = top == down - 1, left == across - 1
+    return locate_at(token, batch, top, window % across, height, width, WINDOW, SHIFT)
+
+
+@triton.jit
+def locate_at(token, batch, top, left, height, width, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
+    """The same of the window `top` from above and `left` from the left in a picture."""
+    bottom, right = top == height // WINDOW - 1, left == width // WINDOW - 1
     region = 2 * (bottom & (token // WINDOW >= WINDOW - SHIFT)).to(tl.int32)
     region += (right & (token % WINDOW >= WINDOW - SHIFT)).to(tl.int32)
     kind = 2 * bottom.to(tl.int32) + right.to(tl.int32)

@@ -367,7 +367,7 @@ def error_of(folded: kernels.FoldedBlock, exact: kernels.FoldedBlock) -> float:
 
     Measured on random tokens of 8 x 8 windows against the exact form in PyTorch's products.
     """
-    side, size = 8 * exact.window, len(exact.enter.bias)
+    side, size = 8 * exact.window, exact.sizes[0]
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(1, side, side, size, generator=generator).to(exact.enter.bias)
     want = kernels.reference.quant_swin_block(tokens, exact)

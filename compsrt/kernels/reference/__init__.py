@@ -3,7 +3,8 @@
 from .attention import quant_window_attention
 from .conv_stack import ConvStack, enlarge_by_convolutions
 from .convolution import convolve
-from .folding import FoldedBlock, fold_block
+from .folded import FoldedBlock
+from .folding import fold_block
 from .linear import (
     LayerNormWeights,
     PackedWeight,

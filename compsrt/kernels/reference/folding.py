@@ -1,7 +1,7 @@
 """What `quant_swin_block` needs of a quantized Swin block, all transforms folded into matrices, once.
 
 The mathematics is in `swin_block.py` beside this file. Everything is derived from quantized weights,
-grids and orthonormal matrices, whatever these matrices are, in float64.
+grids and orthonormal matrices, whatever these matrices are, in float64. How it is stored is told in `folded.py`.
 """
 
 from __future__ import annotations
@@ -13,84 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .folded import SITES, FoldedBlock, FoldedLinear, HeadScalars, stored
 from .linear import LayerNormWeights, QuantLayer, QuantWeight, check_weight, shape_of
 from .quantize import Grid, _sides, check_quantizer, quantize_codes, step_and_zero
 from .windows import relative_bias, shift_mask
 
 MODES = ("fold", "integer")
-HEAD_SITES = ("query", "key", "value", "attention")
-SITES = ("q", "k", "v", "query", "key", "value", "attention", "proj", "fc1", "fc2")
-
-
-class FoldedLinear(NamedTuple):
-    """x -> x weight^T + bias, or, with a weight of codes, what the module says of "integer".
-
-    weight: (N, K), floating or int8; bias: (N,). Of codes alone: scale, zero: (N,); mask: (N, K)
-    int8, None where nothing is pruned; rotation: (heads, d, d), what each head is multiplied by
-    before the bias is added, or None.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    scale: Tensor | None = None
-    zero: Tensor | None = None
-    mask: Tensor | None = None
-    rotation: Tensor | None = None
-
-    def floating(self, dtype: torch.dtype) -> FoldedLinear:
-        """The same with a floating weight and no more than that and a bias."""
-        weight = self.weight.to(dtype)
-        if self.scale is not None:
-            assert self.zero is not None
-            mask = 1 if self.mask is None else self.mask.to(dtype)
-            weight = weight * self.scale.to(dtype)[:, None] + mask * self.zero.to(dtype)[:, None]
-            if self.rotation is not None:
-                by_head = weight.unflatten(0, self.rotation.shape[:2])
-                weight = (self.rotation.to(dtype).mT @ by_head).flatten(0, 1)
-        return FoldedLinear(weight, self.bias.to(dtype))
-
-
-class HeadScalars(NamedTuple):
-    """One value a head, each (heads,), or (1,) where all heads share them."""
-
-    query_zero: Tensor  # z_q
-    scores: Tensor  # s_qk
-    value_zero: Tensor  # z_v
-    attention: Tensor  # s_A
-    attention_inverse: Tensor
-    attention_zero: Tensor  # z_A
-    low: Tensor  # (4, heads): of query, key, value, attention
-    high: Tensor
-
-
-class FoldedBlock(NamedTuple):
-    """All that `quant_swin_block` needs beside its tokens; `fold_block` makes it."""
-
-    enter: FoldedLinear  # (C, C), of normalized tokens
-    inputs: Tensor  # (3, 2): 1/s and z of the inputs of q, k and v
-    limits: Tensor  # (6, 2): lowest and highest code of the inputs of q, k, v, proj, fc1 and fc2
-    query: FoldedLinear  # (heads * d, C)
-    key: FoldedLinear
-    value: FoldedLinear
-    bias: Tensor  # (4 kinds of windows or, without a shift, 1, heads, N, N): what is added to S / s_qk
-    token: Tensor | None  # (N, N): T^T; where the mode is "integer" in bfloat16 if that is exact
-    scalars: HeadScalars
-    merge: FoldedLinear  # (C', heads * d), to the codes of proj's input
-    proj: FoldedLinear  # (C, C')
-    middle: FoldedLinear  # (C, C), of normalized tokens, to the codes of fc1's input
-    fc1: FoldedLinear  # (hidden, C)
-    hidden: FoldedLinear  # (hidden, hidden), to the codes of fc2's input
-    fc2: FoldedLinear  # (C, hidden)
-    mode: str
-    heads: int
-    window: int
-    shift: int
-    eps: tuple[float, float]  # of the two layer norms
-    bits: tuple[int, ...]  # of SITES
-    ranges: tuple[tuple[int, int], ...]  # lowest and highest code of SITES, of any head
-
-
-# --- Folding -------------------------------------------------------------------------------------
 
 
 class _Site(NamedTuple):
@@ -103,7 +31,8 @@ class _Site(NamedTuple):
     bits: int
 
 
-def _site(grid: Grid, name: str, shape: Sequence[int] = ()) -> _Site:
+def _site(grid: Grid, name: str, shape: Sequence[int] = (), *, signed: bool = True) -> _Site:
+    """A grid whose codes count from the middle of all that its bits can say, or from its lowest code."""
     check_quantizer(grid.bits, grid.codes)
     if grid.codes != "clamped":
         raise ValueError(f"{name}: unclamped codes cannot be folded; use clamped ones")
@@ -117,8 +46,8 @@ def _site(grid: Grid, name: str, shape: Sequence[int] = ()) -> _Site:
     assert lower is not None and upper is not None
     scale, zero = step_and_zero(lower, upper, alpha, beta, grid.bits)
     low, high, _, _ = _sides(lower, upper, scale, zero, grid.bits, grid.codes)
-    middle = 2 ** (grid.bits - 1)
-    parts = scale, zero / scale + middle, low.round() - middle, high.round() - middle
+    start = 2 ** (grid.bits - 1) if signed else low.round()
+    parts = scale, zero / scale + start, low.round() - start, high.round() - start
     scale, zero, low, high = torch.broadcast_tensors(*parts)
     return _Site(scale, zero, low, high, grid.bits)
 
@@ -152,28 +81,33 @@ def _linear(
     site: _Site,
     name: str,
     shape: tuple[int, int],
-    mode: str,
+    dtype: torch.dtype | None,
     *,
     rotation: Tensor | None = None,
     scale: Tensor | None = None,
     zero: Tensor | None = None,
 ) -> FoldedLinear:
     """A layer of the codes of `site`, in float64: y = (W^ x + bias) by head times rotation, over
-    scale, less zero. rotation: (heads, d, d); scale, zero: (N,)."""
-    weight = _weight(layer.weight, name, shape)
-    bias = weight.sum(1) * (site.scale * site.zero)
-    if layer.bias is not None:
-        bias = bias + layer.bias.detach().double()
-    weight = weight * site.scale
+    scale, less zero. rotation: (heads, d, d); scale, zero: (N,).
+
+    Of codes, or, with a dtype, of numbers of that type: then the bias has the share of the site's zero
+    point in the rounded weight, so that roundings are multiplied with values and not with codes.
+    """
+    weight = _weight(layer.weight, name, shape) * site.scale
+    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().double()
+    turned = weight
     if rotation is not None:
-        bias = (bias.unflatten(0, rotation.shape[:2])[:, None] @ rotation).flatten()
+        by_head = (t.unflatten(0, rotation.shape[:2]) for t in (weight, bias[:, None]))
+        turned, bias = ((rotation.mT @ t).flatten(0, 1) for t in by_head)
+        bias = bias[:, 0]
     scale = torch.ones_like(bias) if scale is None else scale
     bias = bias / scale - (0 if zero is None else zero)
-    if mode == "fold":
-        if rotation is not None:
-            by_head = weight.unflatten(0, rotation.shape[:2])
-            weight = (rotation.mT @ by_head).flatten(0, 1)
-        return FoldedLinear(weight / scale[:, None], bias)
+    turned = turned / scale[:, None]
+    if dtype is not None:
+        turned = turned.to(dtype).double()
+    bias = bias + turned.sum(1) * site.zero
+    if dtype is not None:
+        return FoldedLinear(turned, bias)
     codes, of_weight, mask = _codes_of(layer.weight, name)
     step = (of_weight.scale * site.scale).expand(len(codes))
     start = step * of_weight.zero
@@ -251,25 +185,34 @@ def fold_block(
     before_fc1 = _square(fc1.rotation, size, "rotation of fc1", table)
     before_fc2 = _square(fc2.rotation, hidden, "rotation of fc2", table)
 
-    inputs = [_site(layer.grid, name) for layer, name in zip(qkv, SITES, strict=False)]
-    sites = [_site(grid, name, (heads,)) for grid, name in zip(grids, SITES[3:7], strict=True)]
+    signed = dtype != torch.float16
+    layers = (*qkv, proj, fc1, fc2)
+    names = (*SITES[:3], *SITES[7:])
+    of_layers = [
+        _site(layer.grid, name, signed=signed) for layer, name in zip(layers, names, strict=True)
+    ]
+    inputs, last = of_layers[:3], of_layers[3:]
+    sites = [
+        _site(grid, name, (heads,), signed=signed)
+        for grid, name in zip(grids, SITES[3:7], strict=True)
+    ]
     query, key, value, attention = sites
-    last = [_site(layer.grid, f) for layer, f in zip((proj, fc1, fc2), SITES[7:], strict=True)]
+    rounded = dtype if mode == "fold" else None
 
     def by_channel(of_heads: Tensor) -> Tensor:
         return of_heads.expand(heads).repeat_interleave(d)
 
-    layers = []
+    of_heads = []
     for i, (turn, turned) in enumerate(
         ((head, head_rotation), (head, head_rotation), (of_value, value_rotation))
     ):
-        layers.append(
+        of_heads.append(
             _linear(
                 qkv[i],
                 inputs[i],
                 SITES[i],
                 (inner, size),
-                mode,
+                rounded,
                 rotation=None if turned is None else turn.expand(heads, d, d),
                 scale=by_channel(sites[i].scale) / (scale if i == 0 else 1.0),
                 zero=by_channel(sites[i].zero),
@@ -300,19 +243,20 @@ def fold_block(
         enter=FoldedLinear((gammas[0][:, None] * enter).mT, betas[0] @ enter),
         inputs=torch.stack([torch.cat([1 / s.scale, s.zero]) for s in inputs]),
         limits=torch.stack([torch.cat([s.low, s.high]) for s in (*inputs, *last)]),
-        query=layers[0],
-        key=layers[1],
-        value=layers[2],
+        query=of_heads[0],
+        key=of_heads[1],
+        value=of_heads[2],
         bias=_bias(table.detach().double(), window, shift) / scalars.scores[:, None, None],
         token=None if token_rotation is None else token.mT,
         scalars=scalars,
         merge=to_codes(merge, 0.0, last[0]),
-        proj=_linear(proj, last[0], "proj", (size, inner), mode),
+        proj=_linear(proj, last[0], "proj", (size, inner), rounded),
         middle=to_codes(gammas[1][:, None] * before_fc1, betas[1] @ before_fc1, last[1]),
-        fc1=_linear(fc1, last[1], "fc1", (hidden, size), mode),
+        fc1=_linear(fc1, last[1], "fc1", (hidden, size), rounded),
         hidden=to_codes(before_fc2, 0.0, last[2]),
-        fc2=_linear(fc2, last[2], "fc2", (size, hidden), mode),
+        fc2=_linear(fc2, last[2], "fc2", (size, hidden), rounded),
         mode=mode,
+        sizes=(size, inner, hidden),
         heads=heads,
         window=window,
         shift=shift,
@@ -320,7 +264,7 @@ def fold_block(
         bits=tuple(s.bits for s in (*inputs, *sites, *last)),
         ranges=tuple((int(s.low.min()), int(s.high.max())) for s in (*inputs, *sites, *last)),
     )
-    return _stored(block, dtype)
+    return stored(block, dtype)
 
 
 def _bias(table: Tensor, window: int, shift: int) -> Tensor:
@@ -330,34 +274,3 @@ def _bias(table: Tensor, window: int, shift: int) -> Tensor:
         side = 2 * window
         bias = bias + shift_mask(side, side, window, shift, table.device, table.dtype)[:, None]
     return bias
-
-
-def _rotation(matrix: Tensor, mode: str, dtype: torch.dtype) -> Tensor:
-    """T^T as it is stored: for "integer" in bfloat16 if that is exact, as of a Hadamard matrix of order
-    4^k, which halves the products."""
-    narrow = matrix.to(torch.bfloat16)
-    exact = mode == "integer" and torch.equal(narrow.to(matrix.dtype), matrix)
-    return (narrow if exact else matrix.to(dtype)).contiguous()
-
-
-def _stored(block: FoldedBlock, dtype: torch.dtype) -> FoldedBlock:
-    """Matrices in dtype, vectors in float32 at least, codes as they are."""
-    wide = torch.float32 if dtype.itemsize < 4 else dtype
-
-    def linear(part: FoldedLinear) -> FoldedLinear:
-        weight = part.weight.to(dtype if part.weight.is_floating_point() else torch.int8)
-        vectors = (part.bias, part.scale, part.zero, part.rotation)
-        vectors = [t if t is None else t.to(wide).contiguous() for t in vectors]
-        bias, scale, zero, rotation = vectors
-        assert bias is not None
-        return FoldedLinear(weight.contiguous(), bias, scale, zero, part.mask, rotation)
-
-    linears = {k: linear(v) for k, v in block._asdict().items() if isinstance(v, FoldedLinear)}
-    return block._replace(
-        **linears,
-        inputs=block.inputs.to(wide),
-        limits=block.limits.to(wide),
-        bias=block.bias.to(wide).contiguous(),
-        token=None if block.token is None else _rotation(block.token, block.mode, dtype),
-        scalars=HeadScalars._make(t.to(wide).contiguous() for t in block.scalars),
-    )

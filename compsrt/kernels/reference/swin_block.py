@@ -14,9 +14,10 @@
     x = x + code(GELU(code(n(x) E' + e') W1 + b1) P' + p') W2 + b2
 
 code(t) = clamp(round_half_even(t), low, high). A code is signed here: 2^(bits - 1) less than that of
-the quantizer, so that those of all widths fit an int8; zero points z = Z/s count from there. low and
-high are what the bounds leave of the range where alpha and beta are not 0. W is what the quantized,
-masked weight comes to, times all that an input's scale, a head's rotation or an output's grid add.
+the quantizer, so that those of all widths fit an int8; where matrices are float16 it counts from low.
+Zero points z = Z/s count from there. low and high are what the bounds leave of the range where alpha and
+beta are not 0. W is what the quantized, masked weight comes to, times all that an input's scale, a
+head's rotation or an output's grid add.
 
 "fold" keeps every matrix in a floating type. "integer" keeps the weights' codes as int8: with a the
 codes of an input, c of a weight, m its mask (c is 0 where m is) and out channels n,
@@ -38,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .folding import HEAD_SITES, SITES, FoldedBlock, FoldedLinear
+from .folded import HEAD_SITES, SITES, FoldedBlock, plain
 from .windows import kinds_of_windows, window_order
 
 # Of the scores on a CPU that are held at a time, for each thread. Of 2^16 to 2^22 this and 2^19 were
@@ -48,7 +49,7 @@ SCORES_AT_ONCE = 2**20
 
 def check_block(x: Tensor, folded: FoldedBlock) -> None:
     """Raise ValueError unless x is tokens of this block."""
-    size = len(folded.fc2.bias)
+    size = folded.sizes[0]
     if x.dim() != 4 or x.shape[3] != size or not x.is_floating_point():
         raise ValueError(
             f"x: {tuple(x.shape)} of {x.dtype} is not (B, H, W, {size}) in a floating type"
@@ -70,7 +71,8 @@ def check_block(x: Tensor, folded: FoldedBlock) -> None:
 class _Operands(NamedTuple):
     """What a call makes of a FoldedBlock once for all windows, in the type it computes in."""
 
-    folded: FoldedBlock  # with floating weights
+    folded: FoldedBlock  # without units
+    linears: dict[str, tuple[Tensor, Tensor]]  # weight and bias of each of LINEARS
     inverse: Tensor  # 1/s and -z of the inputs of q, k and v, each (3, 1, 1)
     zero: Tensor
     turn: Tensor | None  # T, and what makes codes of probabilities, but for grids of each head
@@ -80,10 +82,8 @@ class _Operands(NamedTuple):
 
 
 def _prepare(folded: FoldedBlock, dtype: torch.dtype) -> _Operands:
+    folded, linears = plain(folded, dtype)
     turn = token = None if folded.token is None else folded.token.to(dtype).mT
-    linears = {
-        k: v.floating(dtype) for k, v in folded._asdict().items() if isinstance(v, FoldedLinear)
-    }
     inverse, zero = folded.inputs.to(dtype).T[..., None, None]
     scalars = [t.to(dtype).view(*t.shape[:-1], -1, 1, 1) for t in folded.scalars]
     query_zero, scores, _, _, inverse_attention, attention_zero = scalars[:6]
@@ -91,7 +91,8 @@ def _prepare(folded: FoldedBlock, dtype: torch.dtype) -> _Operands:
         # The rows of a softmax sum to 1: a zero point is as well taken from T.
         token = token * inverse_attention[0] - attention_zero[0]
     return _Operands(
-        folded._replace(**linears),
+        folded,
+        linears,
         inverse,
         -zero,
         turn,
@@ -116,19 +117,19 @@ def _windows(x: Tensor, operands: _Operands, biases: list[tuple[slice, Tensor]])
     q, k, v and what attention makes of them are (windows, heads, d, N): a product of a window's
     tokens with a weight gives them so, and no head is ever copied.
     """
-    folded = operands.folded
+    folded, linears = operands.folded, operands.linears
     heads, n, size = folded.heads, folded.window**2, x.shape[1]
     count = len(x) // n
     _, scores, value_zero, attention, inverse, attention_zero = operands.scalars[:6]
     normed = F.layer_norm(x, (size,), eps=folded.eps[0])
-    codes = torch.addcmul(operands.zero, F.linear(normed, *folded.enter[:2]), operands.inverse)
+    codes = torch.addcmul(operands.zero, F.linear(normed, *linears["enter"]), operands.inverse)
     of_heads = []
-    for i, layer in enumerate((folded.query, folded.key, folded.value)):
+    for i, name in enumerate(HEAD_SITES[:3]):
         tokens = _to_codes(codes[i], operands, SITES[i]).view(count, n, size)
-        weight = layer.weight.expand(count, -1, -1)
-        y = torch.baddbmm(layer.bias[:, None], weight, tokens.mT)
+        weight, bias = linears[name]
+        y = torch.baddbmm(bias[:, None], weight.expand(count, -1, -1), tokens.mT)
         y = y.view(count, heads, -1, n)
-        of_heads.append(_to_codes(y, operands, HEAD_SITES[i]))
+        of_heads.append(_to_codes(y, operands, name))
     q, k, v = of_heads
     q = q.mul_(scores).add_(operands.score_shift)
     p = torch.bmm(q.flatten(0, 1).mT, k.flatten(0, 1)).view(count, heads, n, n)
@@ -148,13 +149,15 @@ def _windows(x: Tensor, operands: _Operands, biases: list[tuple[slice, Tensor]])
     # The zero point of A adds so much of the sum of each row of v to every token.
     rest = (v.sum(-1, keepdim=True).view(count, heads, -1, 1) * attention_zero).flatten(0, 1)
     y = torch.baddbmm(rest, v, p.mT).view(count, -1, n).mT  # (windows, N, heads * d)
-    merge = folded.merge.weight.mT
-    y = torch.baddbmm(folded.merge.bias, y, merge.expand(count, -1, -1)).flatten(0, 1)
-    x = x.add_(folded.proj.bias).addmm_(_to_codes(y, operands, "proj"), folded.proj.weight.mT)
-    y = F.linear(F.layer_norm(x, (size,), eps=folded.eps[1]), *folded.middle[:2])
-    y = F.gelu(F.linear(_to_codes(y, operands, "fc1"), *folded.fc1[:2]))
-    y = _to_codes(F.linear(y, *folded.hidden[:2]), operands, "fc2")
-    return x.add_(folded.fc2.bias).addmm_(y, folded.fc2.weight.mT)
+    weight, bias = linears["merge"]
+    y = torch.baddbmm(bias, y, weight.mT.expand(count, -1, -1)).flatten(0, 1)
+    weight, bias = linears["proj"]
+    x = x.add_(bias).addmm_(_to_codes(y, operands, "proj"), weight.mT)
+    y = F.linear(F.layer_norm(x, (size,), eps=folded.eps[1]), *linears["middle"])
+    y = F.gelu(F.linear(_to_codes(y, operands, "fc1"), *linears["fc1"]))
+    y = _to_codes(F.linear(y, *linears["hidden"]), operands, "fc2")
+    weight, bias = linears["fc2"]
+    return x.add_(bias).addmm_(y, weight.mT)
 
 
 @torch.no_grad()
@@ -172,7 +175,7 @@ def quant_swin_block(x: Tensor, folded: FoldedBlock) -> Tensor:
     counts = kinds_of_windows(batch, height, width, window, shift)
     tokens = x.reshape(-1, size)
     out = torch.empty_like(tokens)
-    biases = folded.bias.to(dtype) * operands.scalars[1]
+    biases = operands.folded.bias.to(dtype) * operands.scalars[1]
     total = len(order) // n
     most = total
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
