@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import tiny_swinir
-from shapes import DEVICES, UNIT, triton_only
+from shapes import DEVICES, UNIT, randn, triton_only
 from swin_blocks import Block, Kind, to
 
 import compsrt
@@ -271,6 +271,69 @@ def test_matrices_of_half_types(device, dtype, stored, capability, kind, monkeyp
     assert error.norm() < limit
 
 
+@on_each_device
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (12, 2, 6, 62),  # lanes of constants that begin, or end, where a tile or a chunk does
+        (12, 2, 6, 95),
+        (12, 2, 6, 96),
+        (12, 2, 6, 126),
+        (48, 4, 12, 192),
+        (60, 6, 10, 240),
+        (70, 2, 35, 192),
+        (12, 2, 6, 300),
+        (12, 2, 6, 320),
+    ],
+    ids=str,
+)
+def test_biases_reach_every_product(device, sizes, monkeypatch):
+    """The kernel against PyTorch's products of the same matrices, relative to what the block adds."""
+    if device == "cpu":
+        monkeypatch.setattr(dispatch, "assumed_capability", 9)
+    block = Block(Kind(*sizes, bits=8, weight_bits=8))
+    folded = block.folded("fold", torch.float16)
+    assert folded.enter.bias is None
+    x = block.tokens(1, 4, 4, seed=1).float()
+    added = reference.quant_swin_block(x, folded) - x
+    error = run(x, folded, device) - x - added
+    assert error.norm() < 0.04 * added.norm()  # 0.02 at most; without the biases of fc2 0.5
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # by the interpreter
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_what_is_not_a_number_stays_in_its_window(device, dtype):
+    """And is not hidden."""
+    block = Block(Kind(bits=8))
+    x = block.tokens(1, 4, 8, seed=1).float()
+    x[0, 1, 1, 3] = torch.nan
+    found = run(x, block.folded("fold", dtype), device)
+    assert found[:, :, :4].isnan().all()
+    assert found[:, :, 4:].isfinite().all()
+
+
+@triton.jit
+def _product_kernel(a_ptr, b_ptr, out_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    total = tl.zeros((N, N), tl.float32)
+    tl.store(
+        out_ptr + at, swin_block_tiles.add_product(tl.load(a_ptr + at), tl.load(b_ptr + at), total)
+    )
+
+
+@on_each_device
+@pytest.mark.parametrize("code", [1, 3, 15, 255])
+def test_products_of_codes_below_the_normal_halves(device, code):
+    """A device may add up products with 24 bits from the exponent of normal numbers on."""
+    a = torch.randint(0, code + 1, (64, 64), generator=torch.Generator().manual_seed(0))
+    a, b = (a * HALF_UNITS[0]).half(), randn(64, 64, seed=1).half()
+    found = torch.empty(64, 64, device=device)
+    _product_kernel[(1,)](a.to(device), b.to(device), found, N=64)
+    error = found.cpu().double() / HALF_UNITS[0] - a.double() @ b.double() / HALF_UNITS[0]
+    assert error.abs().max() < 64 * 2**-14 * b.abs().max()
+
+
 @pytest.mark.skipif(not dispatch.INTERPRETED, reason="only the interpreter shows a kernel's codes")
 def test_codes_of_integers_are_the_reference_s(monkeypatch):
     """Of a block of SwinIR-light: all but 1e-5 of them, and those are ties within rounding."""
@@ -340,8 +403,8 @@ def test_activations_beyond_half_types(device):
 def test_operator(device):
     block = Block(Kind(8, 1, 4, 8))
     x = block.tokens(1, 4, 4).float().to(device)
-    for mode in ("fold", "integer"):
-        arguments = swin_block._flatten(to(block.folded(mode), device))
+    for options in (("fold",), ("fold", torch.float16), ("integer",)):
+        arguments = swin_block._flatten(to(block.folded(*options), device))
         torch.library.opcheck(swin_block._quant_swin_block, (x, *arguments))
 
 
@@ -400,6 +463,15 @@ def test_a_block_too_large_for_a_device_falls_back(monkeypatch):
     with pytest.warns(UserWarning, match="98304 bytes of shared memory for 12 channels are more"):
         found = kernels.quant_swin_block(x, folded)
     torch.testing.assert_close(found, reference.quant_swin_block(x, folded), rtol=0, atol=0)
+
+
+@on_each_device
+@pytest.mark.parametrize("shape", [(2**16, 4, 4), (1, 2**18, 4), (2**14, 2**9, 2**8)], ids=str)
+def test_more_than_a_launch_can_count(device, shape):
+    block = Block(Kind())
+    x = torch.zeros(1, device=device).expand(*shape, 12)
+    with triton_only(), pytest.raises(ValueError, match=r"x: no kernel for .*; split it below 2"):
+        kernels.quant_swin_block(x, to(block.folded(), device))
 
 
 # --- Errors --------------------------------------------------------------------------------------

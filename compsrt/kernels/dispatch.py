@@ -85,7 +85,6 @@ def capability(x: Tensor) -> int | None:
     return None if torch.version.hip else torch.cuda.get_device_capability(x.device)[0]
 
 
-@functools.lru_cache(maxsize=32)
 def flushes_halves(device: torch.device) -> bool:
     """Whether a device's matrix products take float16 below its normal numbers for 0, as AMD's MI200 do
     (https://docs.pytorch.org/docs/stable/notes/numerical_accuracy.html)."""

@@ -27,8 +27,8 @@ of each kind of windows; sums over a program's threads are products with ones; i
 GELU is one of tanh.
 
 On an H200, SwinIR-light, fold in float16, a block of one picture of 320 x 180 took 83 us (shifted 87),
-of sixteen 69 (74) each, when a warp had 9,510 instructions for a window (shifted 9,678) instead of 5,555
-(5,582); with tiles of heads it was 200, and 164 of sixteen. Registers are scarce: with 168 of a thread
+of sixteen 69 (74) each, when a warp had 9,510 instructions for a window (shifted 9,678) instead of 5,382
+(5,401); with tiles of heads it was 200, and 164 of sixteen. Registers are scarce: with 168 of a thread
 three programs share a processor instead of two, which is worth a spill of some bytes outside of loops.
 So x is read again after the heads, addresses are computed again there (`later`), and sums begin with a
 bias where that helps. Integers are slower than fold: their rotations are six products of bf16 each,
@@ -73,14 +73,14 @@ EXAMPLES = (
     ("integer", torch.float32, 60, 6, 120, 8, 4),
 )
 # Spills in bytes that are accepted for examples, None where one is not compiled. On sm_80 operands in
-# shared memory are read into registers before the loop over heads; integers spill 496 bytes there. The
+# shared memory are read into registers before the loop over heads; integers spill 416 bytes there. The
 # widths and windows beside SwinIR-light's are compiled for sm_90 alone, to keep the table short.
 _SM_90_ALONE = {"cuda:80": None, "cuda:100": None, "hip:gfx942": None}
 SPILLS = {
     "integer 60": {"cuda:80": None},
     "integer 60 shifted": {"cuda:80": None},
     "fold 32 to 128 shifted": _SM_90_ALONE,
-    "fold 96 shifted": _SM_90_ALONE,
+    "fold 96 shifted": {**_SM_90_ALONE, "cuda:90": 88},
     "fold 60 shifted, windows of 16": _SM_90_ALONE,
 }
 WINDOWS = (4, 8, 16)
@@ -218,6 +218,9 @@ def _constants(folded: FoldedBlock, capability: int | None) -> Constants:
     size, inner, hidden = folded.sizes
     integer, half = folded.mode == "integer", folded.enter.weight.dtype.itemsize == 2
     unit, of_value = units(folded)
+    ones = folded.enter.bias is None
+    # All hidden channels at once, where their registers allow it.
+    whole = half and padded(hidden) <= max(TILE, 2 * padded(size))
     return Constants(
         heads=folded.heads,
         window=folded.window,
@@ -228,15 +231,19 @@ def _constants(folded: FoldedBlock, capability: int | None) -> Constants:
         d=inner // folded.heads,
         width=padded(size),
         width_inner=padded(inner),
-        width_hidden=min(padded(hidden), TILE),
+        width_hidden=min(padded(hidden), 64 if whole else TILE),
         columns_hidden=padded(hidden),
+        end_hidden=hidden + LANES * ones,
         rows=folded.window**2 if folded.window < 16 else ROWS_OF_16,
         slice=folded.window**2 if folded.token is None else min(64, folded.window**2),
-        chunk=16 if integer else 32,  # with more integers spill 128 bytes on sm_90
+        # With more integers spill 128 bytes on sm_90.
+        chunk=padded(hidden) if whole else 16 if integer else 32,
+        # With more channels, or biases in vectors, more spills then.
+        unroll=2 if ones and size <= 64 else 1,
         stages=2 if half and folded.window < 16 else 1,
         unit=unit,
         raised=of_value / unit,
-        ones=LANES if folded.enter.bias is None else 0,
+        ones=ones,
         fast=half and (capability or 0) >= 8,
         shared=len(folded.scalars.scores) == 1,
         eps1=folded.eps[0],

@@ -28,15 +28,15 @@ class Constants(NamedTuple):
     width_inner: int
     width_hidden: int  # of the rotated hidden tokens that are made at a time
     columns_hidden: int  # of all of them
+    end_hidden: int  # the last of these that is not 0
     rows: int  # tokens of a program
     slice: int  # coefficients of the rotated probabilities at a time
     chunk: int  # of hidden channels at a time
+    unroll: int  # of the loop over these: with two a matrix is loaded before it is needed
     stages: int  # of the loop over heads: with two a bias is loaded while the head before is done
     unit: float  # what a code of 1 is,
-    raised: (
-        float  # and how often it is in what a number made of codes and a zero point is counted in
-    )
-    ones: int  # lanes of 1 that make biases, after the channels of numbers that are no codes
+    raised: float  # and how much more a 1 is of what codes and a zero point sum up to
+    ones: bool  # biases come of ones after the channels of numbers that are no codes
     fast: bool  # with instructions of NVIDIA devices that are as exact as half types
     shared: bool  # all heads have the grids of the first
     eps1: float
@@ -150,7 +150,7 @@ def locate(token, left, height, width, C: tl.constexpr):
 
 @triton.jit
 def with_zero_point(codes, zero, C: tl.constexpr):
-    """codes + zero in the codes' type, which zero is already counted for."""
+    """codes + zero in the codes' type; zero is in the unit of such sums already."""
     if C.raised != 1:
         codes = codes * C.raised
     return codes + zero.to(codes.dtype)
@@ -174,10 +174,9 @@ def biases(ptr, first, ROWS: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def with_ones(x, size, C: tl.constexpr):
-    """x (M, WIDTH) with the lanes of ones after its `size` channels."""
-    if C.ones > 0:
-        lane = tl.arange(0, x.shape[1])[None, :]
-        x = tl.where((lane >= size) & (lane < size + C.ones), 1.0, x)
+    """x (M, WIDTH) with ones after its `size` channels, where they make biases."""
+    if C.ones:
+        x = tl.where(tl.arange(0, x.shape[1])[None, :] < size, x, 1.0)
     return x
 
 
@@ -261,7 +260,7 @@ def normalize(x, EPS: tl.constexpr, C: tl.constexpr):
     """The layer norm of the rows of x (M, WIDTH), without weight and bias."""
     inside = tl.arange(0, x.shape[1])[None, :] < C.size
     mean, inverse = tiles.layer_norm_statistics(x, inside, C.size, EPS, C.fast)
-    return with_ones(tl.where(inside, (x - mean) * inverse, 0.0), C.size, C)
+    return tl.where(inside, (x - mean) * inverse, 1.0 if C.ones else 0.0)
 
 
 @triton.jit
@@ -410,25 +409,45 @@ def rotated_codes(p, share, token, scalars, head, C: tl.constexpr, TYPE, CODES):
 
 
 @triton.jit
+def hidden_tokens(codes, fc1, start, C: tl.constexpr, TYPE):
+    """Channels start to start + CHUNK of GELU(fc1), (M, CHUNK)."""
+    h = multiply(codes, fc1, biases(fc1.bias, start, C.rows, C.chunk), start, 0, C.width)
+    h = gelu_of_half(h, C.unit) if C.fast else gelu(h * (1 / C.unit))
+    return h.to(TYPE)
+
+
+@triton.jit
 def mlp(x, middle, fc1, hidden, fc2, limits_ptr, C: tl.constexpr, TYPE, CODES, later):
     """Tokens x (M, WIDTH) in float32 and what the MLP adds to them.
 
-    The rotated hidden tokens are made WIDTH_HIDDEN channels at a time, all of fc1 for each.
+    The rotated hidden tokens are made WIDTH_HIDDEN channels at a time. Where a chunk is not the whole, all
+    of fc1 is done for each.
     """
     ROWS: tl.constexpr = C.rows
     WIDTH_HIDDEN: tl.constexpr = C.width_hidden
+    WHOLE: tl.constexpr = C.chunk == C.columns_hidden
     t = normalize(x, C.eps2, C).to(TYPE)
     t = linear(t, middle, C.width, C.width, 2 * later, UNIT=C.unit)
     codes = to_codes_of(t, limits_ptr, 4, C.size, CODES, C.fast)
-    for first in tl.range(0, C.hidden, C.width_hidden, num_stages=1, disable_licm=True):
-        turned = tl.zeros((ROWS, WIDTH_HIDDEN), tl.float32)
-        for start in tl.range(0, C.hidden, C.chunk, num_stages=C.stages, disable_licm=True):
-            h = biases(fc1.bias, start, ROWS, C.chunk)
-            h = multiply(codes, fc1, h, start, 0, C.width)
-            h = gelu_of_half(h, C.unit) if C.fast else gelu(h * (1 / C.unit))
-            # Zeros and the biases afterwards: with sums that go on integers spill 400 bytes on sm_80.
-            zeros = tl.zeros((ROWS, WIDTH_HIDDEN), tl.float32)
-            turned += multiply(h.to(TYPE), hidden, zeros, first, start, C.columns_hidden)
+    if WHOLE:
+        h = hidden_tokens(codes, fc1, 0, C, TYPE)
+    for first in tl.range(
+        0,
+        C.end_hidden,
+        C.width_hidden,
+        num_stages=1,
+        disable_licm=True,
+        loop_unroll_factor=C.unroll,
+    ):
+        zeros = tl.zeros((ROWS, WIDTH_HIDDEN), tl.float32)
+        if WHOLE:
+            turned = multiply(h, hidden, zeros, first, 0, C.columns_hidden)
+        else:
+            turned = zeros
+            for start in tl.range(0, C.end_hidden, C.chunk, num_stages=C.stages, disable_licm=True):
+                h = hidden_tokens(codes, fc1, start, C, TYPE)
+                # Zeros: with sums that go on integers spill 400 bytes on sm_80.
+                turned += multiply(h, hidden, zeros, first, start, C.columns_hidden)
         turned *= C.unit
         if hidden.bias is not None:
             turned += load_vector(hidden.bias, first, C.width_hidden)

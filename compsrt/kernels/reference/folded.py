@@ -7,8 +7,8 @@ In float16 there is more:
   fractions: to become a float16 is to be rounded to a code, half to even, and devices can limit by 0 in
   the same instruction. Tensor cores multiply such numbers as all others (Fasi et al., Numerical
   behavior of NVIDIA tensor cores, 2021). What codes and a zero point sum up to has a unit of 2^-9.
-- Tokens have homogeneous coordinates, where there is room: after its channels a tile has two lanes of one
-  constant, and each matrix two columns for them, which make the bias, in two parts for twice the bits,
+- Tokens have homogeneous coordinates, where there is room: after its channels a tile has a constant in
+  its lanes, and each matrix two columns for these, which make the bias, in two parts for twice the bits,
   and two rows that make the constant of the next matrix (`_with_biases_in`).
 
 `plain` undoes all that.
@@ -44,8 +44,11 @@ LINEARS = {
 }
 TILE = 128  # what is wider is done so much at a time
 LANES = 2  # of a constant, see above
-# Of hidden channels; its GELU is itself, in every type, and so are its products with powers of two.
+# Of hidden channels: large enough to be its own GELU. A little more is made, so that what is a little less
+# than that becomes this as float16, whose numbers are 2^-8 apart below it and 2^-7 above.
 HIDDEN_CONSTANT = 8.0
+HIDDEN_MADE = 8.0 * (1 + 2**-12)
+# Values of up to 255 codes, turned by 64 tokens, stay finite in the second.
 HALF_UNITS = 2.0**-24, 2.0**-9
 
 
@@ -79,8 +82,11 @@ class HeadScalars(NamedTuple):
 
 
 class FoldedBlock(NamedTuple):
-    """All that `quant_swin_block` needs beside its tokens; `fold_block` makes it. Shapes are those
-    without padding."""
+    """All that `quant_swin_block` needs beside its tokens; `fold_block` makes it.
+
+    Shapes are those without padding. Codes, zero points, steps and biases are in units where matrices
+    are float16, see `_in_units`.
+    """
 
     enter: FoldedLinear  # (C, C), of normalized tokens
     inputs: Tensor  # (3, 2): 1/s and z of the inputs of q, k and v
@@ -232,8 +238,8 @@ def _in_units(block: FoldedBlock, code: float, value: float) -> FoldedBlock:
 def _constants(block: FoldedBlock) -> dict[str, tuple[float, float]]:
     """The constant of each linear layer's input and of what it makes, 0 where it makes none.
 
-    Codes have their highest one for it: what makes them may make any number that is no less. Of `enter`
-    this is a power of two, and `stored` alone asks for it.
+    Codes have their highest one for it: what makes them may make any number that is no less. What `enter`
+    makes, `_with_biases_in` alone knows.
     """
     top = {site: float(high) for site, (_, high) in zip(SITES, block.ranges, strict=True)}
     return {
@@ -244,7 +250,7 @@ def _constants(block: FoldedBlock) -> dict[str, tuple[float, float]]:
         "merge": (1.0, top["proj"]),
         "proj": (top["proj"], 0.0),
         "middle": (1.0, top["fc1"]),
-        "fc1": (top["fc1"], HIDDEN_CONSTANT),
+        "fc1": (top["fc1"], HIDDEN_MADE),
         "hidden": (HIDDEN_CONSTANT, top["fc2"]),
         "fc2": (top["fc2"], 0.0),
     }
