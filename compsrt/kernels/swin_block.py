@@ -56,7 +56,7 @@ from .reference.folded import (
     TILE,
     FoldedLinear,
     HeadScalars,
-    padded,
+    tile_size,
     units,
 )
 from .reference.swin_block import check_block
@@ -220,7 +220,8 @@ def _constants(folded: FoldedBlock, capability: int | None) -> Constants:
     unit, of_value = units(folded)
     ones = folded.enter.bias is None
     # All hidden channels at once, where their registers allow it.
-    whole = half and padded(hidden) <= max(TILE, 2 * padded(size))
+    width, columns = tile_size(size), tile_size(hidden)
+    whole = half and columns <= max(TILE, 2 * width)
     return Constants(
         heads=folded.heads,
         window=folded.window,
@@ -229,15 +230,15 @@ def _constants(folded: FoldedBlock, capability: int | None) -> Constants:
         inner=inner,
         hidden=hidden,
         d=inner // folded.heads,
-        width=padded(size),
-        width_inner=padded(inner),
-        width_hidden=min(padded(hidden), 64 if whole else TILE),
-        columns_hidden=padded(hidden),
+        width=width,
+        width_inner=tile_size(inner),
+        width_hidden=min(columns, 64 if whole else TILE),
+        columns_hidden=columns,
         end_hidden=hidden + LANES * ones,
         rows=folded.window**2 if folded.window < 16 else ROWS_OF_16,
         slice=folded.window**2 if folded.token is None else min(64, folded.window**2),
         # With more integers spill 128 bytes on sm_90.
-        chunk=padded(hidden) if whole else 16 if integer else 32,
+        chunk=columns if whole else 16 if integer else 32,
         # With more channels, or biases in vectors, more spills then.
         unroll=2 if ones and size <= 64 else 1,
         stages=2 if half and folded.window < 16 else 1,

@@ -57,33 +57,37 @@ def exp2(x):
 
 
 @triton.jit
+def instruction(x, NAME: tl.constexpr):
+    """What an instruction of NVIDIA devices makes of x, float32 both."""
+    return tl.inline_asm_elementwise(
+        NAME + " $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def tanh(x):
     """tanh(x) to 11 bits, in one instruction of an NVIDIA device."""
     if tiles.INTERPRETED:
         y = (1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2_E)))).to(tl.float16).to(tl.float32)
     else:
-        y = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        y = instruction(x, "tanh.approx.f32")
     return y
 
 
 @triton.jit
-def reciprocal(x):
-    """1 / x of a normal x, off by one of float32's last bits, in one instruction of an NVIDIA device."""
-    if tiles.INTERPRETED:
+def reciprocal(x, FAST: tl.constexpr):
+    """1 / x of a normal x. FAST: off by one of float32's last bits, in one instruction."""
+    if tiles.INTERPRETED or not FAST:
         y = 1.0 / x
     else:
-        y = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        y = instruction(x, "rcp.approx.ftz.f32")
     return y
 
 
 @triton.jit
-def to_half_above_zero(x):
-    """max(x, 0) in float16, NaN where x is, in one instruction of an NVIDIA device for two entries."""
-    if tiles.INTERPRETED:
+def to_half_above_zero(x, FAST: tl.constexpr):
+    """max(x, 0) in float16, NaN where x is. FAST: in one instruction for two entries."""
+    if tiles.INTERPRETED or not FAST:
         y = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
     else:
         y = tl.inline_asm_elementwise(
@@ -128,10 +132,7 @@ def to_codes(t, low, high, CODES, FAST):
     """The codes low to high of a tile t in float32. In float16 low is 0, and all is in the unit of codes,
     of which this type has no fractions: to become one is to be rounded, half to even."""
     if tl.float16 == CODES:
-        if FAST:
-            codes = to_half_above_zero(t)
-        else:
-            codes = tl.maximum(t, 0.0, propagate_nan=tl.PropagateNan.ALL).to(CODES)
+        codes = to_half_above_zero(t, FAST)
         codes = tl.minimum(codes, high.to(CODES), propagate_nan=tl.PropagateNan.ALL)
     elif tl.int8 == CODES:  # the last bits of what rounds a float32
         bits = (tiles.clamp(t, low, high) + tiles.ROUNDER).to(tl.int32, bitcast=True)
@@ -349,12 +350,7 @@ def softmax(s, scale, FAST):
     """exp(scale s) over exp(scale highest s of a row), (M, N), and 1 over each row's sum, (M, 1)."""
     scale *= LOG2_E
     powers = exp2(s * scale - tl.max(s, 1)[:, None] * scale)
-    total = tl.sum(powers, 1)[:, None]
-    if FAST:
-        share = reciprocal(total)
-    else:
-        share = 1.0 / total
-    return powers, share
+    return powers, reciprocal(tl.sum(powers, 1)[:, None], FAST)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """A folded Swin block: its fields, and how a kernel wants them stored.
 
-Matrices and vectors end with zeros, up to the size of a tile (`padded`), so that no load needs a mask.
+Matrices and vectors end with zeros, up to the size of a tile (`tile_size`), so that no load needs a mask.
 In float16 there is more:
 
 - Codes count from the lowest one, in a unit of 2^-24, the least that float16 holds. There it has no
@@ -57,7 +57,7 @@ class FoldedLinear(NamedTuple):
 
     weight: (N, K), floating or int8; bias: (N,), None where columns of the weight make it. Of codes
     alone: scale, zero: (N,); mask: (N, K) int8, None where nothing is pruned; rotation: (heads, d, d),
-    what each head is multiplied by before the bias is added, or None. N and K are `padded`.
+    what each head is multiplied by before the bias is added, or None. N and K are of `tile_size`.
     """
 
     weight: Tensor
@@ -113,7 +113,7 @@ class FoldedBlock(NamedTuple):
     ranges: tuple[tuple[int, int], ...]  # lowest and highest code of SITES, of any head
 
 
-def padded(size: int) -> int:
+def tile_size(size: int) -> int:
     """What an axis of a matrix ends at: a power of two from 32 on, above 128 a multiple of that."""
     return max(32, next_power_of_two(size)) if size <= TILE else -(-size // TILE) * TILE
 
@@ -129,7 +129,7 @@ def stored(block: FoldedBlock, dtype: torch.dtype) -> FoldedBlock:
     wide = torch.float32 if dtype.itemsize < 4 else dtype
 
     def linear(_: str, part: FoldedLinear, rows: int, columns: int) -> FoldedLinear:
-        rows, columns = padded(rows), padded(columns)
+        rows, columns = tile_size(rows), tile_size(columns)
         weight, mask = (
             t if t is None else F.pad(t, (0, columns - t.shape[1], 0, rows - len(t))).contiguous()
             for t in (part.weight, part.mask)
@@ -163,13 +163,12 @@ def plain(
     code, value = units(block)
     if code != 1:
         block = _in_units(block, 1 / code, 1 / value)
-    constants = {name: constant for name, (constant, _) in _constants(block).items()}
 
     def linear(name: str, part: FoldedLinear, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         weight = part.weight[:rows, :columns].to(dtype)
         if part.bias is None:
             lanes = part.weight[:rows, columns : columns + LANES].to(dtype)
-            bias = lanes.sum(1) * constants[name]
+            bias = lanes.sum(1) * _constants(block)[name][0]
         else:
             bias = part.bias[:rows].to(dtype)
         if part.scale is not None:
@@ -259,7 +258,7 @@ def _constants(block: FoldedBlock) -> dict[str, tuple[float, float]]:
 def _with_biases_in(block: FoldedBlock) -> FoldedBlock:
     """A block with its biases in its matrices, or as it is where it has no room, or where a number would
     leave the range of the matrices' type."""
-    if any(padded(size) - size < LANES for size in block.sizes):
+    if any(tile_size(size) - size < LANES for size in block.sizes):
         return block
     constants = _constants(block)
     if min(constant for constant, _ in constants.values()) <= 0:  # an input has a single code
