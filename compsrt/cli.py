@@ -155,7 +155,7 @@ def nearest(name: object, known: Iterable[object], *, listed: bool = True) -> st
 
 def open_device(name: str) -> torch.device:
     """The device that ``name`` asks for: ``auto`` (CUDA if there is any, else the CPU), ``cpu``,
-    ``cuda`` or ``cuda:N``.
+    ``cuda``, ``cuda:N`` or ``mps`` (Apple's).
 
     Raises:
         ValueError: no such kind of device, or there is none here.
@@ -163,11 +163,14 @@ def open_device(name: str) -> torch.device:
     import torch
 
     kind, colon, index = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (colon and (kind != "cuda" or not index.isdecimal())):
-        hint = nearest(name, ["auto", "cpu", "cuda", "cuda:0"])
+    known = kind in ("auto", "cpu", "cuda", "mps")
+    if not known or (colon and (kind != "cuda" or not index.isdecimal())):
+        hint = nearest(name, ["auto", "cpu", "cuda", "cuda:0", "mps"])
         raise ValueError(f"unknown device {name!r}{hint}")
     if kind == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("mps asked for but torch sees none here; use cpu or auto")
     if kind == "cuda":
         if not torch.cuda.is_available():
             if torch.version.cuda is None and torch.version.hip is None:
@@ -261,7 +264,12 @@ def is_out_of_memory(error: Exception) -> bool:
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
     # On a CPU torch raises a plain RuntimeError that names its allocator; so do CUDA's libraries.
-    signs = ("DefaultCPUAllocator", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+    signs = (
+        "DefaultCPUAllocator",
+        "CUDA error: out of memory",
+        "_STATUS_ALLOC_FAILED",
+        "MPS backend out of memory",
+    )
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 

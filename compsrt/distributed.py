@@ -56,11 +56,13 @@ def setup(device_name: str = "auto") -> Ranks:
     """This process among those of torchrun, joined by gloo on CPUs and by NCCL on CUDA devices.
 
     device_name: "auto", "cpu", "cuda" or "cuda:N", as in `cli.open_device`; of several processes
-    each takes the device of its local rank. Raises ValueError for a device that is not there, and
-    for "cuda:N" with several processes.
+    each takes the device of its local rank. Raises ValueError for a device that is not there, for
+    "mps", and for "cuda:N" with several processes.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     device = open_device(device_name)
+    if device.type == "mps":
+        raise ValueError("device: mps enlarges pictures (compsrt.upscale) and no more; use cpu")
     if world == 1:
         return Ranks(device)
     if device.type == "cuda":

@@ -40,7 +40,12 @@ def collect() -> dict[str, Any]:
     has_triton = versions["triton"] is not None
     devices, cuda_error = _cuda_devices(torch)
     kernels = {"cpu": kernel_path("cpu", has_triton=has_triton)}
-    kernels |= {device["name"]: kernel_path("cuda", has_triton=has_triton) for device in devices}
+    kernels |= {
+        device["name"]: kernel_path(
+            "cuda", has_triton=has_triton, old=_is_old(device["capability"], torch)
+        )
+        for device in devices
+    }
     return {
         "versions": {"python": platform.python_version(), **versions},
         "torch_cuda": torch.version.cuda,
@@ -59,17 +64,18 @@ def collect() -> dict[str, Any]:
     }
 
 
-def kernel_path(kind: str, *, has_triton: bool = True) -> str:
+def kernel_path(kind: str, *, has_triton: bool = True, old: bool = False) -> str:
     """Which kernels run on a device of ``kind`` ("cpu" or "cuda"), in words.
 
-    The rule: Triton on CUDA where it is installed, else the reference; ``COMPSRT_KERNELS`` overrides
-    it. Triton on a CPU needs its interpreter, ``TRITON_INTERPRET=1``.
+    The rule: Triton on CUDA where it is installed and the device not old (NVIDIA before 8.0), else
+    the reference; ``COMPSRT_KERNELS`` overrides it. Triton on a CPU needs its interpreter,
+    ``TRITON_INTERPRET=1``.
     """
     choice = os.environ.get("COMPSRT_KERNELS") or "auto"
     if choice not in KERNEL_CHOICES:
         return f"unknown COMPSRT_KERNELS {choice!r}{nearest(choice, KERNEL_CHOICES)}"
     if choice == "auto":
-        choice = "triton" if kind == "cuda" and has_triton else "reference"
+        choice = "triton" if kind == "cuda" and has_triton and not old else "reference"
     if choice == "reference":
         return "reference"
     if not has_triton:
@@ -140,6 +146,11 @@ def _cuda_devices(torch: Any) -> tuple[list[dict[str, Any]], str | None]:
     except (RuntimeError, AssertionError) as error:  # torch asserts where it has no CUDA
         return devices, str(error)
     return devices, None
+
+
+def _is_old(capability: str, torch: Any) -> bool:
+    """Whether `kernels.dispatch`, which this report must not need, leaves a device to the reference."""
+    return torch.version.hip is None and float(capability) < 8
 
 
 def _driver_version() -> str | None:

@@ -29,12 +29,14 @@ def factors(order: int) -> tuple[int, int]:
 
 
 def cayley(entries: Tensor, order: int) -> Tensor:
-    """Orthonormal (order, order), float64, of the order (order - 1)/2 entries above the diagonal."""
+    """Orthonormal (order, order) of the order (order - 1)/2 entries above the diagonal, in float64;
+    in float32 on Apple's devices, which have no wider type."""
+    dtype = torch.float32 if entries.device.type == "mps" else torch.float64
     rows, columns = torch.triu_indices(order, order, 1, device=entries.device)
-    skew = entries.new_zeros((order, order), dtype=torch.float64)
-    skew = skew.index_put((rows, columns), entries.double())
+    skew = entries.new_zeros((order, order), dtype=dtype)
+    skew = skew.index_put((rows, columns), entries.to(dtype))
     skew = skew - skew.T
-    identity = torch.eye(order, dtype=torch.float64, device=entries.device)
+    identity = torch.eye(order, dtype=dtype, device=entries.device)
     return torch.linalg.solve(identity - skew, identity + skew)
 
 

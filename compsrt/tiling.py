@@ -198,11 +198,14 @@ def self_ensemble(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device, by the driver or by Linux and its cgroup."""
+    """Bytes that can still be allocated on a device, by the driver or by Linux and its cgroup; of
+    other systems half of the memory."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    installed = 4 << 30  # a guess for Windows, whose Python does not say
+    if hasattr(os, "sysconf"):
+        installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(_free_memory_of_linux(), default=installed // 2)
 
 

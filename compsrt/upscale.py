@@ -150,7 +150,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="tiles at a time; more of them fill a GPU when tiles are small",
     )
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     machine.add_argument(
         "--arithmetic",
         default="auto",

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compsrt import distributed
 from compsrt.cli import (
     ArgumentParser,
     SeveralErrors,
@@ -411,8 +412,18 @@ def test_a_cuda_index_beyond_the_last_is_an_error(monkeypatch):
         open_device("cuda:2")
 
 
+def test_apples_device_is_taken_where_it_is(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="mps asked for but torch sees none here; use cpu or auto"):
+        open_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert open_device("mps") == torch.device("mps")
+    with pytest.raises(ValueError, match="mps enlarges pictures"):
+        distributed.setup("mps")
+
+
 @pytest.mark.parametrize(
-    "name", ["gpu", "", "cpu:0", "cuda:", "cuda:-1", "cuda:x", "meta", "auto:0"]
+    "name", ["gpu", "", "cpu:0", "cuda:", "cuda:-1", "cuda:x", "meta", "auto:0", "mps:0"]
 )
 def test_an_unknown_device_is_named(name):
     with pytest.raises(ValueError, match=f"unknown device '{name}'; "):

@@ -52,17 +52,19 @@ def test_no_cuda_device_is_no_error(capsys, monkeypatch):
     assert re.search(r"CUDA devices +none", text)
 
 
-def test_a_cuda_device_is_described(capsys, monkeypatch):
+@pytest.mark.parametrize(("major", "is_old"), [(9, False), (7, True)])
+def test_a_cuda_device_is_described(major, is_old, capsys, monkeypatch):
     properties = SimpleNamespace(
-        name="Some GPU", major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132
+        name="Some GPU", major=major, minor=0, total_memory=80 * 2**30, multi_processor_count=132
     )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     text, report = report_of(capsys)
-    assert re.search(r"cuda:0 +Some GPU, capability 9\.0, 80\.0 GiB, 132 multiprocessors", text)
+    assert re.search(r"cuda:0 +Some GPU, capability \d\.0, 80\.0 GiB, 132 multiprocessors", text)
     assert report["cuda_devices"][0]["memory_bytes"] == 80 * 2**30
     has_triton = importlib.util.find_spec("triton") is not None
-    assert report["kernels"]["cuda:0"] == env.kernel_path("cuda", has_triton=has_triton)
+    path = "triton" if has_triton and not is_old else "reference"
+    assert report["kernels"]["cuda:0"] == path
 
 
 def test_a_cuda_device_that_cannot_be_opened_is_reported(capsys, monkeypatch):

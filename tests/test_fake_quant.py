@@ -209,6 +209,28 @@ def test_a_cpu_goes_straight_to_the_reference(monkeypatch):
     assert out.dtype == torch.float64
 
 
+class OnDevice(torch.Tensor):
+    """A tensor that says it is on a CUDA device."""
+
+    is_cuda = True
+    device = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("major", "hip", "runs"),
+    [(7, None, False), (8, None, True), (12, None, True), (7, "6.4", True)],
+)
+def test_an_old_device_goes_to_the_reference(major, hip, runs, monkeypatch):
+    """Triton's code for it has no tensor cores, and spills. AMD counts otherwise."""
+    monkeypatch.delenv("COMPSRT_KERNELS", raising=False)
+    monkeypatch.setattr(dispatch, "INSTALLED", True)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 5))
+    x = torch.zeros(3).as_subclass(OnDevice)
+    assert dispatch.use_triton(x) == runs
+    assert not dispatch.use_triton(torch.zeros(3))
+
+
 @pytest.mark.gpu
 def test_a_device_goes_to_the_kernel(monkeypatch):
     monkeypatch.delenv("COMPSRT_KERNELS", raising=False)

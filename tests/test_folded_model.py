@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import tiny_swinir
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import compsrt
 from compsrt import checkpoint, data, inference, kernels, metrics, models
-from compsrt.kernels import dispatch
+from compsrt.kernels import dispatch, swin_block
 from compsrt.models import quant_swinir
 from compsrt.models.quant_swinir import QuantSwinBlock
 from compsrt.models.replay import Recording, Replay
@@ -167,17 +168,43 @@ def test_padded_transforms_run_as_they_were_trained():
         models.set_arithmetic(model, "floating")
 
 
-def test_a_gpu_folds_into_float16_where_that_errs_little(monkeypatch):
+def test_the_limit_of_errors_tells_float16_from_what_is_wrong():
     block = quantized(torch.float32).layers[0].blocks[1]
     exact = block.folded("fold", torch.float32)
     assert quant_swinir.error_of(exact, exact) < 1e-3
+    half = block.folded("fold", torch.float16)
+    assert quant_swinir.error_of(half, exact) <= quant_swinir.LARGEST_ERROR
     wrong = exact._replace(bias=100 * torch.randn_like(exact.bias))
     assert quant_swinir.error_of(wrong, exact) > quant_swinir.LARGEST_ERROR
     assert block._chosen(on_gpu=False).enter.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("wrong", "form"),
+    [
+        ([], ("fold", torch.float16)),
+        ([("fold", torch.float16)], ("integer", torch.float32)),
+        ([("fold", torch.float16), ("integer", torch.float32)], ("fold", torch.float32)),
+        ([("fold", torch.float16), ("integer", torch.float32), ("fold", torch.float32)], None),
+    ],
+    ids=str,
+)
+def test_what_a_gpu_computes_wrongly_it_does_not_run(wrong, form, monkeypatch):
+    def form_of(folded):
+        return folded.mode, folded.enter.weight.dtype
+
+    def error_of(folded, exact):
+        assert form_of(exact) == ("fold", torch.float32)
+        return np.nan if form_of(folded) in wrong else 0.1
+
+    block = quantized(torch.float32).layers[0].blocks[1]
+    monkeypatch.setattr(quant_swinir, "error_of", error_of)
+    monkeypatch.setattr(swin_block, "has_kernel", lambda x, folded: True)
     chosen = block._chosen(on_gpu=True)
-    assert (chosen.mode, chosen.enter.weight.dtype) == ("fold", torch.float16)
-    monkeypatch.setattr(quant_swinir, "LARGEST_ERROR", -1.0)
-    assert block._chosen(on_gpu=True).mode == "integer"
+    assert (None if chosen is None else form_of(chosen)) == form
+    # Without a kernel nothing is gained by rounding.
+    monkeypatch.setattr(swin_block, "has_kernel", lambda x, folded: False)
+    assert form_of(block._chosen(on_gpu=True)) == ("fold", torch.float32)
 
 
 def test_a_folded_model_still_tells_its_levels_and_gives_gradients():
@@ -204,6 +231,41 @@ def test_a_folded_model_can_be_exported():
     x = torch.rand(1, 3, 16, 24)
     program = torch.export.export(folded, (x,))
     torch.testing.assert_close(program.module()(x), folded(x), rtol=1e-4, atol=1e-4)
+
+
+class NoDoubles(TorchDispatchMode):
+    """Apple's devices have no float64."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for y in made if isinstance(made, tuple | list) else [made]:
+            assert not isinstance(y, torch.Tensor) or y.dtype != torch.float64, function
+        return made
+
+
+@pytest.mark.parametrize("arithmetic", ["auto", "reference", "fold", "integer"])
+@pytest.mark.parametrize("fields", [{}, {"convolution_bits": 6}, {"per_head": True}], ids=str)
+def test_pictures_go_through_a_model_without_float64(fields, arithmetic):
+    model = quantized(torch.float32, QuantSpec(**fields))
+    models.set_arithmetic(model, arithmetic)
+    with NoDoubles():
+        model(torch.rand(1, 3, 20, 30))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", [("fold", torch.float16), ("integer", torch.float32)], ids=str)
+def test_a_device_has_the_matrices_of_a_cpu(form):
+    model = quantized(torch.float32, QuantSpec(pruning=0.4))
+    wanted = [block.folded(*form) for *_, block in model.named_blocks()]
+    model = model.cuda()
+    found = [block.folded(*form) for *_, block in model.named_blocks()]
+    for ours, theirs in zip(found, wanted, strict=True):
+        tensors, *numbers = swin_block._flatten(ours)
+        others, *other_numbers = swin_block._flatten(theirs)
+        assert numbers == other_numbers
+        assert all(
+            a.is_cuda and torch.equal(a.cpu(), b) for a, b in zip(tensors, others, strict=True)
+        )
 
 
 # --- Recording -----------------------------------------------------------------------------------

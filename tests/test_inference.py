@@ -189,6 +189,14 @@ def test_memory_of_this_machine_is_known():
     assert 1 << 20 < tiling.free_memory(torch.device("cpu")) < 1 << 50
 
 
+@pytest.mark.parametrize("has_sysconf", [True, False], ids=["macOS", "Windows"])
+def test_other_systems_say_less_of_their_memory(has_sysconf, monkeypatch):
+    monkeypatch.setattr(tiling, "_free_memory_of_linux", lambda: iter(()))
+    if not has_sysconf:
+        monkeypatch.delattr(tiling.os, "sysconf")
+    assert 1 << 28 < tiling.free_memory(torch.device("cpu")) < 1 << 50
+
+
 def test_tiles_too_small_to_overlap_are_refused(model):
     with pytest.raises(ValueError, match="tile: 25 pixels are fewer than 32"):
         enlarge(model, picture(8, 8), 25)

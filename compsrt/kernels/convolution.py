@@ -253,7 +253,7 @@ def _constants(
 ) -> Constants:
     n, k, side, _ = weight.shape
     wide = torch.promote_types(x.dtype, dtype) == torch.float32
-    tf32 = wide and allow_tf32 and (capability(x) or 0) >= 8
+    tf32 = wide and allow_tf32 and (capability(x.device) or 0) >= 8
     width, block = (max(16, next_power_of_two(size)) for size in (k, n))
     narrow = (torch.bfloat16, torch.float16) if tf32 else (torch.bfloat16,)
     exact = extras.mean is None and x.dtype in narrow

@@ -3,7 +3,8 @@
 `COMPSRT_KERNELS` decides, read at every call (under torch.compile once, when the call is traced):
 
     auto        the default: Triton for CUDA tensors in float32, float16 and bfloat16, the
-                reference for all others and wherever Triton is missing (macOS, Windows)
+                reference for all others, wherever Triton is missing (macOS, Windows), and on
+                NVIDIA devices of a capability below 8.0
     reference   always the reference
     triton      always Triton; for CPU tensors this needs its interpreter, TRITON_INTERPRET=1
                 in the environment before Triton is imported
@@ -23,6 +24,9 @@ from torch import Tensor
 
 CHOICES = ("reference", "triton", "auto")
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
+# For older NVIDIA devices Triton makes products without tensor cores, which spill whatever they hold:
+# compiled for 7.5, `quant_swin_block` in float16 spills 9,584 bytes of a thread, and takes over a minute.
+LEAST_CAPABILITY = 8
 
 
 class _Missing:
@@ -55,7 +59,7 @@ def use_triton(x: Tensor) -> bool:
     if choice == "reference":
         return False
     if choice == "auto":
-        return x.is_cuda and INSTALLED and x.dtype in TYPES
+        return x.is_cuda and INSTALLED and x.dtype in TYPES and compiles_well(x.device)
     if choice != "triton":
         raise ValueError(f"COMPSRT_KERNELS: {choice!r} is unknown; one of {', '.join(CHOICES)}")
     if not INSTALLED:
@@ -78,11 +82,17 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
 assumed_capability: int | None = None  # of tensors on a CPU, while aot.py compiles for a device
 
 
-def capability(x: Tensor) -> int | None:
-    """The major number of the compute capability of x's CUDA device; None of other devices."""
-    if x.device.type != "cuda":
+def capability(device: torch.device) -> int | None:
+    """The major number of the compute capability of a CUDA device; None of other devices."""
+    if device.type != "cuda":
         return assumed_capability
-    return None if torch.version.hip else torch.cuda.get_device_capability(x.device)[0]
+    return None if torch.version.hip else torch.cuda.get_device_capability(device)[0]
+
+
+@torch.compiler.assume_constant_result
+def compiles_well(device: torch.device) -> bool:
+    """Whether Triton's code for a CUDA device is what the kernels are written for."""
+    return (capability(device) or LEAST_CAPABILITY) >= LEAST_CAPABILITY
 
 
 def flushes_halves(device: torch.device) -> bool:

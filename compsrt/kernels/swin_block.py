@@ -72,13 +72,15 @@ EXAMPLES = (
     ("integer", torch.float32, 60, 6, 120, 8, 0),
     ("integer", torch.float32, 60, 6, 120, 8, 4),
 )
-# Spills in bytes that are accepted for examples, None where one is not compiled. On sm_80 operands in
-# shared memory are read into registers before the loop over heads; integers spill 416 bytes there. The
-# widths and windows beside SwinIR-light's are compiled for sm_90 alone, to keep the table short.
-_SM_90_ALONE = {"cuda:80": None, "cuda:100": None, "hip:gfx942": None}
+# Spills in bytes that are accepted for examples, None where one is not compiled. On sm_80 and sm_120
+# operands in shared memory are read into registers before the loop over heads; integers spill 432 and
+# 992 bytes there at most. The widths and windows beside SwinIR-light's are compiled for sm_90 alone, to keep
+# the table short.
+_SM_90_ALONE = {"cuda:80": None, "cuda:100": None, "cuda:120": None, "hip:gfx942": None}
 SPILLS = {
-    "integer 60": {"cuda:80": None},
-    "integer 60 shifted": {"cuda:80": None},
+    "fold 60 shifted": {"cuda:120": 48},
+    "integer 60": {"cuda:80": None, "cuda:120": None},
+    "integer 60 shifted": {"cuda:80": None, "cuda:120": None},
     "fold 32 to 128 shifted": _SM_90_ALONE,
     "fold 96 shifted": {**_SM_90_ALONE, "cuda:90": 88},
     "fold 60 shifted, windows of 16": _SM_90_ALONE,
@@ -267,7 +269,7 @@ def _forward(x: Tensor, folded: FoldedBlock) -> Tensor:
         return out
     x = x.contiguous()
     batch, height, width, _ = x.shape
-    of_device = capability(x)
+    of_device = capability(x.device)
     constants = _constants(folded, of_device)
     across = width // folded.window * (folded.window**2 // constants.rows)
     with on_device_of(x):
@@ -381,6 +383,11 @@ def fits(folded: FoldedBlock) -> bool:
     return folded.window in WINDOWS and max(folded.sizes[:2]) <= TILE
 
 
+def has_kernel(x: Tensor, folded: FoldedBlock) -> bool:
+    """Whether the kernel does a block of such tokens, and not the reference."""
+    return use_triton(x) and fits(folded)
+
+
 def quant_swin_block(x: Tensor, folded: FoldedBlock) -> Tensor:
     """A whole quantized Swin block at inference.
 
@@ -390,7 +397,7 @@ def quant_swin_block(x: Tensor, folded: FoldedBlock) -> Tensor:
     channels, the reference does. Raises ValueError for an x that does not fit or needs gradients.
     """
     check_block(x, folded)
-    if not (use_triton(x) and fits(folded)):
+    if not has_kernel(x, folded):
         return reference.quant_swin_block(x, folded)
     down = x.shape[1] // folded.window
     if x.shape[:3].numel() >= 2**31 or max(x.shape[0], down) > MOST_DOWN:

@@ -23,7 +23,6 @@ that does not depend on the tokens becomes a few matrices, and a block one op,
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from typing import Any
 
@@ -52,8 +51,8 @@ from .replay import Replay, said
 # How a block computes. "reference": quantizer by quantizer, as it is trained; "fold": codes times
 # matrices that hold everything else; "integer": codes times codes, exact; "auto": folded where that
 # can be; on a GPU with matrices of float16, whatever type the weights have: bfloat16 errs more, takes
-# two products where float16 takes one, and is no faster. A block in which float16 errs too much computes
-# in integers there, which took an H200 2.5 times as long.
+# two products where float16 takes one, and is no faster. A block that errs too much so, on the device
+# where it is, computes in integers, which took an H200 2.5 times as long, or in float32, or as trained.
 ARITHMETICS = ("auto", "fold", "integer", "reference")
 # Of what a block adds. Codes at ties that float16 rounds the other way stay below it: blocks of
 # compsrt-best at 4 and 2 bits err by 0.03 to 0.11 on random tokens. A wrong kernel errs by more.
@@ -230,14 +229,22 @@ class QuantSwinBlock(nn.Module):
             folded = self.folded("fold", exact)
         except ValueError:
             return None
-        if not on_gpu or exact != torch.float32:
+        if not on_gpu:
             return folded
-        narrow = self.folded("fold", torch.float16)
-        if said("first block", self.norm1.weight.device, error_of, narrow, folded) <= LARGEST_ERROR:
-            return narrow
-        with contextlib.suppress(ValueError):
-            return self.folded("integer", exact)
-        return folded
+        from ..kernels.swin_block import has_kernel  # which loads Triton
+
+        errs, norm = False, self.norm1.weight
+        for form in (("fold", torch.float16), ("integer", exact), ("fold", exact)):
+            try:
+                found = self.folded(*form)
+            except ValueError:  # some weights have no integers
+                continue
+            if has_kernel(norm, found):
+                error = said("first block", norm.device, error_of, found, folded)
+                if error <= LARGEST_ERROR:
+                    return found
+                errs = True
+        return None if errs else folded
 
     def forward(self, x: Tensor) -> Tensor:
         if self.query.observer is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -160,9 +160,10 @@ def fold_block(
     `quant_window_attention`, but a grid may have a value for each head too. norms: the two layer
     norms. mode: "fold" or "integer"; dtype: of the matrices that stay floating.
 
-    Computed in float64. Raises ValueError for what a folded block cannot be: padded transforms
-    (more columns than rows), unclamped codes, and, as integers, weights with a scale for less than
-    an output channel.
+    Computed in float64 on the CPU, so that all devices get the same matrices, also those without
+    float64, and returned on the device of `table`. Raises ValueError for what a folded block cannot
+    be: padded transforms (more columns than rows), unclamped codes, and, as integers, weights with a
+    scale for less than an output channel.
     """
     if mode not in MODES:
         raise ValueError(f"mode: {mode!r} is unknown; one of {', '.join(MODES)}")
@@ -170,6 +171,13 @@ def fold_block(
         raise ValueError(f"dtype: {dtype} is too coarse for codes that are exact; use float32")
     if len(qkv) != 3 or len(grids) != 4:
         raise ValueError("qkv, grids: pass three layers and four grids")
+    device = table.device
+    qkv, proj, fc1, fc2, table, grids, norms = _moved(
+        (qkv, proj, fc1, fc2, table, grids, norms), torch.device("cpu")
+    )
+    rotation, head_rotation, value_rotation, token_rotation = _moved(
+        (rotation, head_rotation, value_rotation, token_rotation), torch.device("cpu")
+    )
     size, tokens = len(norms[0].weight), window * window
     inner, hidden = shape_of(qkv[0].weight)[0], shape_of(fc1.weight)[0]
     if inner % heads or table.shape != ((2 * window - 1) ** 2, heads):
@@ -234,7 +242,7 @@ def fold_block(
     merge = by_channel(value.scale)[:, None] * merge
 
     def to_codes(matrix: Tensor, bias: Tensor | float, site: _Site) -> FoldedLinear:
-        bias = torch.as_tensor(bias, device=table.device) / site.scale - site.zero
+        bias = torch.as_tensor(bias) / site.scale - site.zero
         return FoldedLinear((matrix / site.scale).mT, bias.expand(matrix.shape[1]))
 
     gammas = [norm.weight.detach().double() for norm in norms]
@@ -264,7 +272,17 @@ def fold_block(
         bits=tuple(s.bits for s in (*inputs, *sites, *last)),
         ranges=tuple((int(s.low.min()), int(s.high.max())) for s in (*inputs, *sites, *last)),
     )
-    return stored(block, dtype)
+    return _moved(stored(block, dtype), device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors, in tuples and lists of any depth, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, list | tuple):
+        parts = [_moved(part, device) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
 
 
 def _bias(table: Tensor, window: int, shift: int) -> Tensor:
