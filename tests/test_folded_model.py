@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import compsrt
 from compsrt import checkpoint, data, inference, kernels, metrics, models
 from compsrt.kernels import dispatch, swin_block
+from compsrt.kernels.reference import folded as folded_blocks
 from compsrt.models import quant_swinir
 from compsrt.models.quant_swinir import QuantSwinBlock
 from compsrt.models.replay import Recording, Replay
@@ -260,8 +261,8 @@ def test_a_device_has_the_matrices_of_a_cpu(form):
     model = model.cuda()
     found = [block.folded(*form) for *_, block in model.named_blocks()]
     for ours, theirs in zip(found, wanted, strict=True):
-        tensors, *numbers = swin_block._flatten(ours)
-        others, *other_numbers = swin_block._flatten(theirs)
+        tensors, *numbers = folded_blocks.flatten(ours)
+        others, *other_numbers = folded_blocks.flatten(theirs)
         assert numbers == other_numbers
         assert all(
             a.is_cuda and torch.equal(a.cpu(), b) for a, b in zip(tensors, others, strict=True)

@@ -407,13 +407,13 @@ def test_operator(device):
     block = Block(Kind(8, 1, 4, 8))
     x = block.tokens(1, 4, 4).float().to(device)
     for options in (("fold",), ("fold", torch.float16), ("integer",)):
-        arguments = swin_block._flatten(to(block.folded(*options), device))
+        arguments = folded_blocks.flatten(to(block.folded(*options), device))
         torch.library.opcheck(swin_block._quant_swin_block, (x, *arguments))
 
 
 def test_a_block_survives_the_operator():
     folded = Block(Kind(masked=True)).folded("integer")
-    again = swin_block._unflatten(*swin_block._flatten(folded))
+    again = folded_blocks.unflatten(*folded_blocks.flatten(folded))
     for name, part, other in zip(FoldedBlock._fields, folded, again, strict=True):
         parts = (part, other) if isinstance(part, tuple) else ((part,), (other,))
         assert all(a is b or a == b for a, b in zip(*parts, strict=True)), name

@@ -49,16 +49,7 @@ from torch import Tensor
 from . import reference, swin_block_tiles
 from .dispatch import capability, flushes_halves, on_device_of, tl, triton, use_triton
 from .reference import FoldedBlock, Grid, LayerNormWeights, QuantLayer, QuantWeight
-from .reference.folded import (
-    LANES,
-    LINEARS,
-    SITES,
-    TILE,
-    FoldedLinear,
-    HeadScalars,
-    tile_size,
-    units,
-)
+from .reference.folded import LANES, TILE, flatten, tile_size, unflatten, units
 from .reference.swin_block import check_block
 from .swin_block_tiles import Constants
 
@@ -303,53 +294,6 @@ def _forward(x: Tensor, folded: FoldedBlock) -> Tensor:
 # --- Operator ------------------------------------------------------------------------------------
 
 
-def _flatten(folded: FoldedBlock) -> tuple[list[Tensor], list[bool], list[int], list[float]]:
-    """A block as arguments of an operator: its tensors, which of them it has, numbers, epsilons."""
-    slots = [t for name in LINEARS for t in getattr(folded, name)]
-    slots += [folded.inputs, folded.limits, folded.bias, folded.token, *folded.scalars]
-    ranges = [end for pair in folded.ranges for end in pair]
-    numbers = [int(folded.mode == "integer"), *folded.sizes]
-    numbers += [folded.heads, folded.window, folded.shift]
-    return (
-        [t for t in slots if t is not None],
-        [t is not None for t in slots],
-        [*numbers, *folded.bits, *ranges],
-        list(folded.eps),
-    )
-
-
-def _unflatten(
-    tensors: Sequence[Tensor], present: Sequence[bool], numbers: Sequence[int], eps: Sequence[float]
-) -> FoldedBlock:
-    """The inverse of `_flatten`."""
-    remaining = iter(tensors)
-    slots = iter([next(remaining) if is_there else None for is_there in present])
-
-    def take(count: int) -> list:
-        return [next(slots) for _ in range(count)]
-
-    linears = {name: FoldedLinear(*take(len(FoldedLinear._fields))) for name in LINEARS}
-    inputs, limits, bias, token = take(4)
-    integer, size, inner, hidden, heads, window, shift, *rest = numbers
-    ranges = rest[len(SITES) :]
-    return FoldedBlock(
-        **linears,
-        inputs=inputs,
-        limits=limits,
-        bias=bias,
-        token=token,
-        scalars=HeadScalars(*take(len(HeadScalars._fields))),
-        mode="integer" if integer else "fold",
-        sizes=(size, inner, hidden),
-        heads=heads,
-        window=window,
-        shift=shift,
-        eps=(eps[0], eps[1]),
-        bits=tuple(rest[: len(SITES)]),
-        ranges=tuple(zip(ranges[::2], ranges[1::2], strict=True)),
-    )
-
-
 @torch.library.custom_op("compsrt::quant_swin_block", mutates_args=(), device_types=("cpu", "cuda"))
 def _quant_swin_block(
     x: Tensor,
@@ -358,7 +302,7 @@ def _quant_swin_block(
     numbers: Sequence[int],
     eps: Sequence[float],
 ) -> Tensor:
-    folded = _unflatten(tensors, present, numbers, eps)
+    folded = unflatten(tensors, present, numbers, eps)
     try:
         return _forward(x, folded)
     except triton.OutOfResources as error:
@@ -405,7 +349,7 @@ def quant_swin_block(x: Tensor, folded: FoldedBlock) -> Tensor:
             f"x: no kernel for {tuple(x.shape)}; split it below 2^31 tokens, and {MOST_DOWN + 1} pictures"
             " and rows of windows"
         )
-    return _quant_swin_block(x, *_flatten(folded))
+    return _quant_swin_block(x, *flatten(folded))
 
 
 def examples():

@@ -17,7 +17,7 @@ In float16 there is more:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -281,3 +281,53 @@ def _with_biases_in(block: FoldedBlock) -> FoldedBlock:
     parts = _linears(block, linear)
     fits = all(part.weight.isfinite().all() for part in parts.values())
     return block._replace(**parts) if fits else block
+
+
+# --- As arguments -----------------------------------------------------------------------------------
+
+
+def flatten(block: FoldedBlock) -> tuple[list[Tensor], list[bool], list[int], list[float]]:
+    """A block as arguments of an operator: its tensors, which of them it has, numbers, epsilons."""
+    slots = [t for name in LINEARS for t in getattr(block, name)]
+    slots += [block.inputs, block.limits, block.bias, block.token, *block.scalars]
+    ranges = [end for pair in block.ranges for end in pair]
+    numbers = [int(block.mode == "integer"), *block.sizes]
+    numbers += [block.heads, block.window, block.shift]
+    return (
+        [t for t in slots if t is not None],
+        [t is not None for t in slots],
+        [*numbers, *block.bits, *ranges],
+        list(block.eps),
+    )
+
+
+def unflatten(
+    tensors: Sequence[Tensor], present: Sequence[bool], numbers: Sequence[int], eps: Sequence[float]
+) -> FoldedBlock:
+    """The inverse of `flatten`."""
+    remaining = iter(tensors)
+    slots = iter([next(remaining) if is_there else None for is_there in present])
+
+    def take(count: int) -> list:
+        return [next(slots) for _ in range(count)]
+
+    linears = {name: FoldedLinear(*take(len(FoldedLinear._fields))) for name in LINEARS}
+    inputs, limits, bias, token = take(4)
+    integer, size, inner, hidden, heads, window, shift, *rest = numbers
+    ranges = rest[len(SITES) :]
+    return FoldedBlock(
+        **linears,
+        inputs=inputs,
+        limits=limits,
+        bias=bias,
+        token=token,
+        scalars=HeadScalars(*take(len(HeadScalars._fields))),
+        mode="integer" if integer else "fold",
+        sizes=(size, inner, hidden),
+        heads=heads,
+        window=window,
+        shift=shift,
+        eps=(eps[0], eps[1]),
+        bits=tuple(rest[: len(SITES)]),
+        ranges=tuple(zip(ranges[::2], ranges[1::2], strict=True)),
+    )
