@@ -64,6 +64,8 @@ def setup(device_name: str = "auto") -> Ranks:
     if device.type == "mps":
         raise ValueError("device: mps enlarges pictures (compsrt.upscale) and no more; use cpu")
     if world == 1:
+        if device.index is not None:  # where recorded steps of training take it to be
+            torch.cuda.set_device(device)
         return Ranks(device)
     if device.type == "cuda":
         if device.index is not None:

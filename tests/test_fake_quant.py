@@ -226,9 +226,31 @@ def test_an_old_device_goes_to_the_reference(major, hip, runs, monkeypatch):
     monkeypatch.setattr(dispatch, "INSTALLED", True)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 5))
+    launched = []
+    monkeypatch.setattr(dispatch, "_launches", lambda device: not launched.append(device))
     x = torch.zeros(3).as_subclass(OnDevice)
     assert dispatch.use_triton(x) == runs
+    assert len(launched) == runs
     assert not dispatch.use_triton(torch.zeros(3))
+
+
+@pytest.mark.gpu
+def test_triton_can_run_on_a_device():
+    dispatch._launches.cache_clear()
+    assert dispatch._launches(torch.device("cuda", 0))
+
+
+def test_a_machine_where_triton_cannot_compile_goes_to_the_reference(monkeypatch):
+    def fails():
+        raise RuntimeError("Failed to find C compiler.\nPlease specify it.")
+
+    monkeypatch.setattr(dispatch, "_nothing_kernel", {(1,): fails})
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    dispatch._launches.cache_clear()
+    with pytest.warns(UserWarning, match=r"cannot run on cuda:0, .*: Failed to find C compiler\.$"):
+        assert not dispatch._launches(torch.device("cuda", 0))
+    assert not dispatch._launches(torch.device("cuda", 0))  # says it once
+    dispatch._launches.cache_clear()
 
 
 @pytest.mark.gpu

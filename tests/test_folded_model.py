@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,7 +21,9 @@ import compsrt
 from compsrt import checkpoint, data, inference, kernels, metrics, models
 from compsrt.kernels import dispatch, swin_block
 from compsrt.kernels.reference import folded as folded_blocks
+from compsrt.kernels.reference import windows
 from compsrt.models import quant_swinir
+from compsrt.models import replay as replay_module
 from compsrt.models.quant_swinir import QuantSwinBlock
 from compsrt.models.replay import Recording, Replay
 from compsrt.models.swinir import mirror_to_multiple
@@ -201,7 +206,12 @@ def test_what_a_gpu_computes_wrongly_it_does_not_run(wrong, form, monkeypatch):
     block = quantized(torch.float32).layers[0].blocks[1]
     monkeypatch.setattr(quant_swinir, "error_of", error_of)
     monkeypatch.setattr(swin_block, "has_kernel", lambda x, folded: True)
-    chosen = block._chosen(on_gpu=True)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        chosen = block._chosen(on_gpu=True)
+    assert [str(w.message).split("errs too much in ")[1].split(";")[0] for w in said] == (
+        [" and ".join(["float16", "integers", "float32"][: len(wrong)])] if wrong else []
+    )
     assert (None if chosen is None else form_of(chosen)) == form
     # Without a kernel nothing is gained by rounding.
     monkeypatch.setattr(swin_block, "has_kernel", lambda x, folded: False)
@@ -269,6 +279,15 @@ def test_a_device_has_the_matrices_of_a_cpu(form):
         )
 
 
+@pytest.mark.parametrize("arithmetic", ["fold", "integer"])
+def test_autocast_changes_no_folded_block(arithmetic):
+    block = quantized(torch.float32).layers[0].blocks[1].folded(arithmetic)
+    x = torch.randn(1, 16, 16, block.sizes[0])
+    want = kernels.quant_swin_block(x, block)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(kernels.quant_swin_block(x, block), want)
+
+
 # --- Recording -----------------------------------------------------------------------------------
 
 
@@ -329,6 +348,7 @@ def picture(height: int) -> torch.Tensor:
 @pytest.fixture
 def device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
 
 def test_a_shape_is_recorded_when_it_comes_the_second_time(device):
@@ -341,8 +361,99 @@ def test_a_shape_is_recorded_when_it_comes_the_second_time(device):
             assert torch.equal(out, 2 * x)
         assert replay.recorded == recorded, heights
     assert len(replay._recordings) == 2
-    replay(double, picture(9))  # it was the one to go
-    assert replay.recorded == 4
+    for recorded in (3, 4):  # it was the one to go, and starts anew
+        replay(double, picture(9))
+        assert replay.recorded == recorded
+
+
+def test_more_shapes_in_turn_than_are_kept_are_not_recorded_each_time(device):
+    replay = Recorder(shapes=2)
+    for _ in range(8):
+        for height in (8, 9, 10):
+            replay(torch.neg, picture(height))
+    assert replay.recorded <= 3 * 8 / 2
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
+def test_what_cannot_be_recorded_runs_on(error, device):
+    class Refused(Recorder):
+        def _record(self, function, x):
+            if len(x[0, 0]) == 8:
+                raise error("operation not permitted when stream is capturing\nCompile with ...")
+            return super()._record(function, x)
+
+    replay = Refused()
+
+    def call(*heights):
+        for x in map(picture, heights):
+            assert torch.equal(replay(torch.neg, x), -x)
+
+    with pytest.warns(UserWarning, match="1x3x8x8 are not recorded: .* is capturing$") as said:
+        call(8, 9, 8, 9, 8, 9)
+    assert len(said) == 1 and replay.recorded == 1
+
+
+def test_recordings_make_room_when_memory_runs_out(device):
+    replay = Recorder()
+    for _ in range(2):
+        replay(torch.neg, picture(8))
+    assert replay.recorded == 1
+
+    def large(x):
+        if replay._recordings:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 2 * x
+
+    x = picture(9)
+    assert torch.equal(replay(large, x), 2 * x)
+    assert not replay._recordings
+
+    def too_large(x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        replay(too_large, picture(10))
+
+
+def test_threads_take_turns(device):
+    replay = Recorder()
+    running = []
+
+    def slow(x):
+        running.append(x)
+        time.sleep(0.005)
+        assert len(running) == 1
+        running.clear()
+        return 2 * x
+
+    def call(number):
+        x = torch.full((1, 3, 8, 8), float(number)).as_subclass(OnDevice)
+        return torch.equal(replay(slow, x), 2 * x)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, range(20)))
+
+
+def test_nothing_is_recorded_while_another_records(device, monkeypatch):
+    monkeypatch.setattr(replay_module, "is_recording", lambda: True)
+    replay = Recorder()
+    for _ in range(4):
+        replay(torch.neg, picture(8))
+    assert replay.recorded == 0 and not replay._seen
+
+
+def test_tables_of_windows_are_kept_for_all_but_recordings(monkeypatch):
+    windows.forget()
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        kept = windows.relative_position_index(4, cpu)
+    assert not kept.is_inference()
+    monkeypatch.setattr(windows, "is_recording", lambda: True)
+    own = windows.relative_position_index(4, cpu)
+    assert own is not kept and torch.equal(own, kept)
+    assert windows.relative_position_index(4, cpu) is not own
+    monkeypatch.undo()
+    assert windows.relative_position_index(4, cpu) is kept
 
 
 def test_results_of_a_replay_are_the_callers_own(device):
@@ -394,6 +505,69 @@ def test_a_device_gives_the_same_picture_recorded_or_not(tmp_path, arithmetic, c
         assert (got - want).norm() / (want - want.mean()).norm() < 0.05
     if arithmetic != "reference":
         assert len(model.replay._recordings) == 1
+
+
+def on_device(device="cuda", **changes):
+    model = quantized(torch.float32, **changes)
+    models.set_arithmetic(model, "auto")
+    return model.to(device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [24, 180])  # with a kernel for blocks, and without
+@torch.no_grad()
+def test_a_recording_outlives_the_tables_of_other_sizes(size):
+    model = on_device(embed_dim=size, num_heads=(6,), mlp_hidden=(2 * size,))
+    x = torch.rand(1, 3, 16, 16, device="cuda")
+    wanted, again = model(x), model(x)
+    for windows_across in range(3, 15):
+        model(torch.rand(1, 3, 16, 8 * windows_across, device="cuda"))
+    assert len(model.replay._recordings) == 1
+    assert torch.equal(model(x), again)
+    torch.testing.assert_close(again, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_square_is_recorded_whatever_its_strides():
+    model = on_device()
+    x = torch.rand(1, 3, 16, 16, device="cuda")
+    turned = [torch.rot90(x, turn, (2, 3)) for turn in range(4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = [model(y) for y in turned]
+    assert len(model.replay._recordings) == 1
+    model.replay = None
+    for y, ours in zip(turned, found, strict=True):
+        torch.testing.assert_close(ours, model(y), rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+def test_recorded_in_one_mode_and_replayed_in_the_other(first):
+    model = on_device()
+    x = torch.rand(1, 3, 16, 16, device="cuda")
+    with first():
+        wanted = [model(x) for _ in range(3)][-1].clone()
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            assert torch.equal(model(x), wanted)
+    assert len(model.replay._recordings) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@torch.no_grad()
+def test_a_device_that_is_not_the_current_one():
+    x = torch.rand(1, 3, 16, 16)
+    torch.manual_seed(0)
+    wanted = on_device("cuda:0")(x.to("cuda:0")).cpu()
+    torch.manual_seed(0)
+    model = on_device("cuda:1")
+    for _ in range(3):
+        torch.testing.assert_close(model(x.to("cuda:1")).cpu(), wanted, rtol=0, atol=1e-5)
+        model(torch.rand_like(x).to("cuda:1"))
+    assert len(model.replay._recordings) == 1
 
 
 @pytest.mark.parametrize("convolution_bits", [None, 6])

@@ -462,10 +462,14 @@ def test_a_block_too_large_for_a_device_falls_back(monkeypatch):
 
     kernel = type("Kernel", (), {"__getitem__": lambda self, grid: too_large})()
     monkeypatch.setattr(swin_block, "_quant_swin_block_fwd_kernel", kernel)
+    monkeypatch.setattr(swin_block, "_TOO_LARGE", set())
     monkeypatch.setenv("COMPSRT_KERNELS", "triton")
     with pytest.warns(UserWarning, match="98304 bytes of shared memory for 12 channels are more"):
         found = kernels.quant_swin_block(x, folded)
     torch.testing.assert_close(found, reference.quant_swin_block(x, folded), rtol=0, atol=0)
+    assert not swin_block.has_kernel(x, folded)
+    assert swin_block.has_kernel(x, block.folded(mode="integer"))
+    kernels.quant_swin_block(x, folded)  # nothing more is said
 
 
 @on_each_device

@@ -3,8 +3,8 @@
 `COMPSRT_KERNELS` decides, read at every call (under torch.compile once, when the call is traced):
 
     auto        the default: Triton for CUDA tensors in float32, float16 and bfloat16, the
-                reference for all others, wherever Triton is missing (macOS, Windows), and on
-                NVIDIA devices of a capability below 8.0
+                reference for all others, wherever Triton is missing (macOS, Windows) or cannot
+                run (without a C compiler, it cannot), and on NVIDIA devices before 8.0
     reference   always the reference
     triton      always Triton; for CPU tensors this needs its interpreter, TRITON_INTERPRET=1
                 in the environment before Triton is imported
@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def use_triton(x: Tensor) -> bool:
     if choice == "reference":
         return False
     if choice == "auto":
-        return x.is_cuda and INSTALLED and x.dtype in TYPES and compiles_well(x.device)
+        return x.is_cuda and INSTALLED and x.dtype in TYPES and runs_kernels(x.device)
     if choice != "triton":
         raise ValueError(f"COMPSRT_KERNELS: {choice!r} is unknown; one of {', '.join(CHOICES)}")
     if not INSTALLED:
@@ -90,9 +91,30 @@ def capability(device: torch.device) -> int | None:
 
 
 @torch.compiler.assume_constant_result
-def compiles_well(device: torch.device) -> bool:
-    """Whether Triton's code for a CUDA device is what the kernels are written for."""
-    return (capability(device) or LEAST_CAPABILITY) >= LEAST_CAPABILITY
+def runs_kernels(device: torch.device) -> bool:
+    """Whether a CUDA device can run the kernels, and as what they are written for."""
+    return (capability(device) or LEAST_CAPABILITY) >= LEAST_CAPABILITY and _launches(device)
+
+
+@triton.jit
+def _nothing_kernel():
+    pass
+
+
+@functools.lru_cache(maxsize=32)
+def _launches(device: torch.device) -> bool:
+    """Whether Triton can compile and launch on a CUDA device; if not, a warning says why."""
+    try:
+        with torch.cuda.device(device):
+            _nothing_kernel[(1,)]()
+    except Exception as error:  # of a C compiler, of ptxas, of the driver
+        why = str(error).partition("\n")[0] or type(error).__name__
+        warnings.warn(
+            f"Triton cannot run on {device}, so that PyTorch's own ops do, slower: {why}",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def flushes_halves(device: torch.device) -> bool:

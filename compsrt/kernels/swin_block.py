@@ -312,6 +312,7 @@ def _quant_swin_block(
             f" more than the {error.limit} of {x.device}; such blocks run as PyTorch's products",
             stacklevel=2,
         )
+        _TOO_LARGE.add(_launch(folded))
         return reference.quant_swin_block(x, folded)
 
 
@@ -320,8 +321,19 @@ def _(x, tensors, present, numbers, eps):
     return x.new_empty(x.shape)
 
 
+_TOO_LARGE: set[tuple[torch.device, torch.dtype, Constants]] = set()  # for these devices
+
+
+def _launch(folded: FoldedBlock) -> tuple[torch.device, torch.dtype, Constants]:
+    """What the size of a launch depends on."""
+    device = folded.bias.device
+    return device, folded.enter.weight.dtype, _constants(folded, capability(device))
+
+
 def fits(folded: FoldedBlock) -> bool:
-    """Whether the kernel holds such a block, on the device where it is."""
+    """Whether the kernel holds such a block, on the device where it is, as far as is known."""
+    if _TOO_LARGE and not torch.compiler.is_compiling() and _launch(folded) in _TOO_LARGE:
+        return False
     if folded.enter.weight.dtype == torch.float16 and flushes_halves(folded.bias.device):
         return False
     return folded.window in WINDOWS and max(folded.sizes[:2]) <= TILE

@@ -24,6 +24,7 @@ that does not depend on the tokens becomes a few matrices, and a block one op,
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -233,18 +234,35 @@ class QuantSwinBlock(nn.Module):
             return folded
         from ..kernels.swin_block import has_kernel  # which loads Triton
 
-        errs, norm = False, self.norm1.weight
-        for form in (("fold", torch.float16), ("integer", exact), ("fold", exact)):
+        norm, wrong = self.norm1.weight, []
+        for name, mode, dtype in (
+            ("float16", "fold", torch.float16),
+            ("integers", "integer", exact),
+            ("float32", "fold", exact),
+        ):
             try:
-                found = self.folded(*form)
+                found = self.folded(mode, dtype)
             except ValueError:  # some weights have no integers
                 continue
-            if has_kernel(norm, found):
-                error = said("first block", norm.device, error_of, found, folded)
-                if error <= LARGEST_ERROR:
-                    return found
-                errs = True
-        return None if errs else folded
+            if not has_kernel(norm, found):
+                continue
+            error = said("first block", norm.device, error_of, found, folded)
+            if not has_kernel(norm, found):  # too large for the device, as it turned out
+                continue
+            if error <= LARGEST_ERROR:
+                break
+            wrong.append(name)
+        else:
+            if not wrong:
+                return folded
+            name, found = "the ops it was trained with", None
+        if wrong:
+            warnings.warn(
+                f"a Swin block on {norm.device} errs too much in {' and '.join(wrong)}; it computes in"
+                f" {name}, which is slower",
+                stacklevel=2,
+            )
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         if self.query.observer is not None:

@@ -164,9 +164,13 @@ def _windows(x: Tensor, operands: _Operands, biases: list[tuple[slice, Tensor]])
 def quant_swin_block(x: Tensor, folded: FoldedBlock) -> Tensor:
     """A quantized Swin block, x (B, H, W, C) in any floating type; returns x's shape and type.
 
-    Half types are computed in float32. No gradients. Raises ValueError for an x that does not fit.
+    Half types are computed in float32, under autocast too. No gradients. Raises ValueError for an x
+    that does not fit.
     """
     check_block(x, folded)
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return quant_swin_block(x, folded)
     dtype = torch.float32 if x.dtype.itemsize < 4 else x.dtype
     operands = _prepare(folded, dtype)
     window, shift, n = folded.window, folded.shift, folded.window**2

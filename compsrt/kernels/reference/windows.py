@@ -16,15 +16,26 @@ _CACHES: list[Any] = []
 
 
 def _kept(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keeps the last results by their arguments; not while a graph is traced, where they are no data."""
-    kept = functools.lru_cache(maxsize=16)(function)
+    """Keeps the last results by their arguments; not while a graph is traced, where they are no data, nor
+    while launches are recorded, whose addresses a recording reads for as long as it is there."""
+
+    @functools.lru_cache(maxsize=16)
+    def kept(*arguments) -> Tensor:
+        with torch.inference_mode(False):  # a later step of training may need it too
+            return function(*arguments)
 
     @functools.wraps(function)
     def call(*arguments) -> Tensor:
-        return (function if torch.compiler.is_compiling() else kept)(*arguments)
+        direct = torch.compiler.is_compiling() or is_recording()
+        return (function if direct else kept)(*arguments)
 
     _CACHES.append(kept)
     return call
+
+
+def is_recording() -> bool:
+    """Whether the launches of this thread go into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def forget() -> None:
