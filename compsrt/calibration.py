@@ -109,16 +109,29 @@ class _Observer:
             self.last = x, bounds
 
 
+def _check_pictures(pictures: Tensor) -> None:
+    found = type(pictures).__name__
+    if isinstance(pictures, Tensor):
+        if pictures.dim() == 4 and pictures.numel() and pictures.is_floating_point():
+            return
+        found = f"a {str(pictures.dtype)[6:]} tensor of shape {tuple(pictures.shape)}"
+    raise ValueError(
+        f"pictures: {found}; give a floating-point tensor (B, C, H, W) of at least one picture"
+    )
+
+
 @torch.no_grad()
 def calibrate(model: nn.Module, pictures: Tensor) -> None:
     """Set the bounds of all quantizers of a quantized model, by its method's rule.
 
     pictures: (B, 3, H, W) in [0, 1]. One forward pass shows every site the input it has in the
-    float network; the whole set counts as one tensor. alpha and beta start at 0.
+    float network; the whole set counts as one tensor. alpha and beta start at 0. Raises ValueError
+    for a float model and pictures of another form.
     """
     spec = quant_spec(model)
     if spec is None:
         raise ValueError("model: it is a float model; compsrt.quantize makes a quantized one of it")
+    _check_pictures(pictures)
     observer = _Observer(spec)
     with observed((site for _, site in named_quantizers(model)), observer):
         model(pictures)
@@ -130,8 +143,11 @@ def quantize(model: nn.Module, spec: QuantSpec, pictures: Tensor | None = None) 
     """A quantized copy of a float model: blocks swapped, pruned, and calibrated on `pictures`.
 
     pictures: (B, 3, H, W) in [0, 1], the calibration set; without it, call `calibrate` before use
-    (until then every output is NaN). The public name of this is `compsrt.quantize`.
+    (until then every output is NaN). The public name of this is `compsrt.quantize`. Raises ValueError
+    for pictures of another form.
     """
+    if pictures is not None:
+        _check_pictures(pictures)
     # What is searched first is searched on the plain form: equal bits, nearest codes.
     plain = {"average_bits": None, "rounding": "nearest"}
     if spec.transform == "auto":

@@ -59,6 +59,8 @@ FORMAT = 2  # the newest that is read; 1 lacks the bits of single sites and of c
 _METADATA_KEY = "compsrt"
 _BLANK = "0" * 64  # what the checksum is taken as while it is computed
 _STATE_KEYS = ("params_ema", "params", "state_dict")
+# What content that nothing of ours wrote makes of the code that interprets it.
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)
 
 StrPath = str | os.PathLike[str]
 
@@ -80,24 +82,40 @@ def load(
     quantizer, bit for bit what was saved (`models.set_arithmetic`). Returns a module
     (B, 3, H, W) in [0, 1] -> (B, 3, scale H, scale W) with `.scale`, `.window_size`, `.card` (the
     file's metadata, a dict) and, if quantized, `.spec`. Raises FileNotFoundError, and ValueError
-    for a file that is damaged, of a newer format, no checkpoint, or of another architecture.
+    for a file that is damaged, of a newer format, no checkpoint, or of another architecture;
+    TypeError for a dtype that is none.
     """
+    if not isinstance(dtype, torch.dtype):
+        name = dtype if isinstance(getattr(torch, str(dtype), None), torch.dtype) else "float32"
+        raise TypeError(f"dtype: {dtype!r} is no torch.dtype; use torch.{name}")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype: {dtype} is not a floating-point type")
     tensors, card = _read(path)
     packed = "spec" in card
     try:
-        model = _unpack(tensors, card) if packed else models.from_state_dict(tensors)
+        model = _unpack(tensors, card) if packed else _float_model(tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    except (KeyError, RuntimeError) as error:  # tensors missing, or of shapes that contradict
-        what = models.describe_state_dict(tensors)
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: looks like {what}, but does not fit: {reason}") from None
+    except _MALFORMED as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path}: not a model of this package: {reason}") from error
     model.card = card if packed else card.get("card", {})  # pyright: ignore[reportArgumentType]
     model = model.to(device, dtype).eval().requires_grad_(False)
     if packed:
         models.set_arithmetic(model, arithmetic)
+    return model
+
+
+def _float_model(tensors: Mapping[str, Tensor]) -> nn.Module:
+    try:
+        model = models.from_state_dict(tensors)
+    except (KeyError, RuntimeError) as error:  # tensors missing, or of shapes that contradict
+        what = models.describe_state_dict(tensors)
+        reason = " ".join(str(error).split())
+        raise ValueError(f"looks like {what}, but does not fit: {reason}") from None
+    for name, tensor in tensors.items():
+        if name.endswith((".weight", ".bias")) and not tensor.is_floating_point():
+            raise ValueError(f"{name}: {tensor.dtype}, where floating-point weights are needed")
     return model
 
 
@@ -144,6 +162,8 @@ def _read_safetensors(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[
     ours = text is not None or "scalars" in tensors
     if ours and hashlib.sha256(blanked).hexdigest() != checksum:
         raise ValueError(f"{path}: damaged (checksum)")
+    if type(card.get("format", FORMAT)) is not int or not isinstance(card.get("card", {}), dict):
+        raise ValueError(f"{path}: not a model of this package: its metadata are malformed")
     if card.get("format", FORMAT) > FORMAT:
         raise ValueError(
             f"{path}: its format {card['format']} is newer than {FORMAT}, the newest that this"
@@ -172,6 +192,9 @@ def _read_pickle(path: Path, data: bytes) -> dict[str, Tensor]:
         raise ValueError(
             f"{path}: no state dict in it, neither bare nor under {', '.join(_STATE_KEYS)}"
         )
+    for key, value in state.items():
+        if value.is_meta or value.layout != torch.strided:
+            raise ValueError(f"{path}: {key} holds no values, or sparse ones; save dense tensors")
     # A model that was saved from inside DistributedDataParallel.
     wrapped = all(str(key).startswith("module.") for key in state)
     return {

@@ -67,7 +67,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
                 options = argparse.Action(["[options]"], dest="options", nargs=0, required=True)
                 shown.insert(0, options)
             actions, groups = shown, either
-        super().add_usage(usage, actions, groups, prefix or "usage: python -m ")
+        # Of subcommands argparse asks for the name alone, with an empty prefix.
+        prefix = "usage: python -m " if prefix is None else prefix
+        super().add_usage(usage, actions, groups, prefix)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         # "(default: None)" and the False of a switch tell nobody anything.
@@ -121,7 +123,8 @@ class ArgumentParser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {_one_line(message)}\n")
+        name = self.prog.partition(" ")[0]  # without a subcommand
+        self.exit(2, f"{name}: error: {_one_line(message)}\n")
 
     def _check_option(self, word: str) -> None:
         name = word.partition("=")[0]

@@ -18,7 +18,7 @@ WEIGHTS = Path(__file__).parent / "assets" / "swinir_nano_x2.safetensors"
 METHODS = ("dobi", "2dquant", "compsrt")
 BITS = (4, 3, 2)
 RECIPE = "compsrt-best"  # its rows are the last
-# Small enough for five minutes on two cores.
+# Small enough for minutes on two cores.
 OPTIONS = {
     "output": Path("runs/demo"),
     "steps": 100,

@@ -9,7 +9,6 @@ figures are those of one process (that has as many threads).
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from compsrt.data import Pair
     from compsrt.distributed import Ranks
 
 
@@ -133,21 +133,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _evaluate(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
     import torch
 
-    from compsrt import data, report, scoring
+    from compsrt import report, scoring
 
     # What is wrong with the arguments is found before the first picture is enlarged.
     dtype = getattr(torch, options.dtype)
     runs = list(_runs(options.models, options.arithmetic, ranks.device, dtype))
     names = [name for name, *_ in runs]
     scale = _scale(options.scale, {path: model for _, path, model in runs})
-    sets = {
-        name: data.find_pairs(folder, scale)
-        for name, folder in zip(_short_names(options.test), options.test, strict=True)
-    }
+    sets = scoring.test_sets(options.test, scale)
     output: Path | None = options.output
     page: Path | None = options.report
     # The folder for the enlarged pictures, if they are wanted.
     enlarged = output if output and options.save_images else page and page / report.ENLARGED
+    if enlarged:
+        _keep_what_is_read(enlarged, ["bicubic"] * options.bicubic + names, sets)
     if enlarged and options.bicubic and "bicubic" in names:
         raise ValueError("bicubic: a model of this name; rename its file or give --no-bicubic")
     if page is not None:
@@ -202,30 +201,29 @@ def _evaluate(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | Non
     return result
 
 
+def _keep_what_is_read(folder: Path, names: Sequence[str], sets: dict[str, list[Pair]]) -> None:
+    """Raise ValueError if a test picture lies where an enlarged one would be written."""
+    pairs = [(test, pair) for test, several in sets.items() for pair in several]
+    read = {path.resolve() for _, pair in pairs for path in (pair.hr, pair.lr) if path}
+    for name in names:
+        for test, pair in pairs:
+            path = folder / name / test / f"{pair.name}.png"
+            if path.resolve() in read:
+                raise ValueError(f"{path}: it is a test picture, and would be overwritten")
+
+
 def _runs(
     paths: Sequence[str], ways: Sequence[str], device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[str, str, nn.Module]]:
     """(name, path, model) of every row: one a file, and one a way to compute where a model has several."""
-    from compsrt import checkpoint, models
+    from compsrt import checkpoint, models, scoring
 
-    for name, path in zip(_short_names(paths), paths, strict=True):
+    for name, path in zip(scoring.short_names(paths), paths, strict=True):
         model = checkpoint.load(path, device, dtype, ways[0])
         several = len(ways) > 1 and models.arithmetics(model)
         yield f"{name}, {ways[0]}" if several else name, path, model
         for way in ways[1:] if several else ():
             yield f"{name}, {way}", path, checkpoint.load(path, device, dtype, way)
-
-
-def _short_names(paths: Sequence[str]) -> list[str]:
-    """What the table calls files and folders: as few of their last parts as tell them apart."""
-    parts = [Path(os.path.abspath(path)).parts[1:] for path in paths]
-    for count in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(part[-count:]).removesuffix(".safetensors") for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    if parts:
-        raise ValueError(f"{', '.join(paths)}: the same one twice")
-    return []
 
 
 def _scale(asked: int | None, models: dict[str, Any]) -> int:

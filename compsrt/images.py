@@ -152,11 +152,13 @@ def read_image(path: str | os.PathLike[str]) -> Picture:
     with opened(path) as image:
         # "RGB;16B" and its kin: Pillow decodes them straight into 8 bits, and says nothing.
         deep = any(re.search(r";16[BLN]\b", str(tile[3])) for tile in image.tile)
+        negative = is_negative(image)
         image.load()
         upright = ImageOps.exif_transpose(image)
     try:
         if upright.mode.startswith("I"):
             deep, pixels = True, _from_16_bits(upright)
+            pixels = 255 - pixels if negative else pixels
         elif upright.mode == "F":
             raise ValueError("floating-point pictures have no fixed white, convert it to 8 bits")
         elif upright.has_transparency_data:
@@ -241,6 +243,13 @@ def opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     except Exception as error:
         # Decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"{path}: truncated or damaged picture: {_one_line(error)}") from error
+
+
+def is_negative(image: Image.Image) -> bool:
+    """Whether an opened TIFF file calls 0 white (PhotometricInterpretation); Pillow inverts such a
+    picture in 8 bits or fewer, and not in 16."""
+    tags: Any = getattr(image, "tag_v2", {})
+    return image.mode.startswith("I") and tags.get(262) == 0
 
 
 def _from_16_bits(image: Image.Image) -> Picture:

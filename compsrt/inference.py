@@ -60,8 +60,13 @@ def super_resolve(
     tile: the most pixels of the input that a tile has a side, which bounds the memory; None takes
     the picture whole, "auto" decides by the free memory. batch: tiles at a time. self_ensemble: the
     mean of the eight flips and rotations, at eight times the work. Raises ValueError for
-    floating-point pictures, tiles below 32 and a model that returns NaN or infinity.
+    floating-point pictures, tiles below 32 and a model that returns NaN or infinity; TypeError for
+    an image that is no PIL picture.
     """
+    if not isinstance(image, Image.Image):
+        raise TypeError(
+            f"image: {type(image).__name__!r} is not a PIL picture; open it with PIL.Image.open"
+        )
     photo = photos.from_image(image)
     run = Tiled(model, tile, batch=batch, self_ensemble=self_ensemble)
     large = enlarge_photo(run, photo)

@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, ImageOps, TiffImagePlugin
 
-from .images import SAVE_OPTIONS, UnsuitableError, opened
+from .images import SAVE_OPTIONS, UnsuitableError, is_negative, opened
 
 Plane = npt.NDArray[Any]  # uint8 or uint16
 
@@ -142,6 +142,7 @@ def from_image(image: Image.Image) -> Photo:
                 f"its values {values.min()}..{values.max()} do not fit into 16 bits"
             )
         grey = values.astype(np.uint16)
+        grey = 65535 - grey if is_negative(image) else grey
         return Photo(grey, None if key is None else _all_but(grey, key), profile, exif)
     if mode in ("CMYK", "YCbCr", "LAB", "HSV"):
         upright, profile = _to_rgb(upright, profile), None

@@ -2,7 +2,8 @@
 
 ``evaluate --report DIR`` writes ``DIR/index.html`` and PNG files below ``DIR/pictures``. The page
 needs no network and no server: opened as a file it works, and so does a copy of the folder. Its
-look and its behaviour are in ``assets/report.html``; here is what goes into it.
+look and its behaviour are in ``assets/report.html``; here is what goes into it. A report replaces
+another one by deleting the files that its page shows, and no others.
 
 An error map is |Y(enlarged) - Y(truth)| for every pixel, Y the luma of `metrics` in grey levels of
 255. All maps of one picture share one scale, whose end is the 99th percentile of the worst of
@@ -11,9 +12,11 @@ them, rounded up to a number that is easy to read; what lies above has the brigh
 
 from __future__ import annotations
 
+import contextlib
 import html
 import io
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -33,7 +36,7 @@ from .metrics import y_channel
 PAGE = "index.html"
 PICTURES = "pictures"
 # Hidden, and gone when the page is written: what it is made of.
-WORK = ".unfinished"
+WORK = ".compsrt-unfinished"
 ENLARGED = f"{WORK}/enlarged"
 # How a page of ours is told from somebody's web site.
 MARK = '<meta name="generator" content="compsrt'
@@ -64,17 +67,33 @@ Score = dict[str, Any]
 
 
 def check_folder(folder: Path, *, force: bool) -> None:
-    """Raise ValueError if a report cannot go there: another one is there, or other files are."""
+    """Raise ValueError if a report cannot go there: another one is there, or other files are.
+
+    Only what has a page of ours is a report; files that it does not know may lie in its PICTURES.
+    """
     if not folder.exists():
         return
     names = {path.name for path in folder.iterdir()} - {WORK}
-    others = names - {PICTURES}
-    if PAGE in names and MARK in (folder / PAGE).read_text("utf-8", "replace"):
-        others -= {PAGE}
+    others = names - {PAGE, PICTURES} if _page(folder) else names
     if others:
-        raise ValueError(f"{folder}: holds {min(others)}, no part of a report; name a new folder")
+        raise ValueError(
+            f"{folder}: not empty, holds {min(others)}, no part of a report; name a new folder"
+        )
     if names and not force:
         raise ValueError(f"{folder}: holds a report; --force replaces it")
+
+
+def _page(folder: Path) -> str:
+    """The page of the report in a folder; empty if there is none of ours."""
+    path = folder / PAGE
+    page = path.read_text("utf-8", "replace") if path.exists() else ""
+    return page if MARK in page else ""
+
+
+def _written(folder: Path) -> set[Path]:
+    """The pictures that the report in a folder wrote, below PICTURES: all that its page shows."""
+    name = r"\d+-[A-Za-z0-9._-]+/[A-Za-z0-9._-]+\.png"  # as `_slug` makes them: never outside
+    return {Path(found) for found in re.findall(rf'src="{PICTURES}/({name})"', _page(folder))}
 
 
 def write(
@@ -92,6 +111,8 @@ def write(
     rows, scores: what `scoring.score` returned for every model. enlarged: the folder that holds
     MODEL/TEST/NAME.png for all of them (in the report's own ENLARGED they are deleted). count: how
     many pictures are shown, those first whose PSNR differs the most between the models.
+
+    Raises ValueError, and the earlier report stays, where a file that no report wrote is in the way.
     """
     models = [row["model"] for row in rows]
     compared = _compared(rows)
@@ -128,11 +149,23 @@ def write(
         pictures=_pictures_table(models, by_picture, shown),
         sections="\n".join(sections),
     )
+    pictures, old = folder / PICTURES, _written(folder)
+    made = [path.relative_to(new) for path in new.rglob("*.png")]
+    for path in made:
+        if path not in old and os.path.lexists(pictures / path):
+            raise ValueError(f"{pictures / path}: written by no report; move it away")
     # The earlier report is whole until here.
-    shutil.rmtree(folder / PICTURES, ignore_errors=True)
-    new.replace(folder / PICTURES)
+    for path in old:
+        (pictures / path).unlink(missing_ok=True)
+    for place in {(pictures / path).parent for path in old}:
+        with contextlib.suppress(OSError):  # not empty, or gone
+            place.rmdir()
+    # The page comes before its pictures: whatever interrupts this, a page knows all files of ours.
     # Names of files need not be text at all; what is none becomes visible.
     atomic_write(folder / PAGE, page.encode("utf-8", "backslashreplace"))
+    for path in made:
+        (pictures / path).parent.mkdir(parents=True, exist_ok=True)
+        (new / path).replace(pictures / path)
     shutil.rmtree(folder / WORK)
     return folder / PAGE
 

@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,24 @@ def add_differences(rows: list[dict[str, Any]], pictures: list[Score], first: st
             row["psnr_difference"] = max(abs(a - b) if a != b else 0.0 for a, b in pairs)
 
 
+def test_sets(folders: Sequence[str], scale: int) -> dict[str, list[Pair]]:
+    """The pairs of each folder by its name in tables. Raises as `data.find_pairs` and `short_names`."""
+    names = short_names(folders)
+    return {n: data.find_pairs(folder, scale) for n, folder in zip(names, folders, strict=True)}
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """What the table calls files and folders: as few of their last parts as tell them apart."""
+    parts = [Path(os.path.abspath(path)).parts[1:] for path in paths]
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(part[-length:]).removesuffix(".safetensors") for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    if parts:
+        raise ValueError(f"{', '.join(paths)}: the same one twice")
+    return []
+
+
 def means(scores: list[dict[str, Any]], *keys: str) -> dict[str, float]:
     """The mean of each key; exactly the same whatever process measured which picture."""
     return {key: math.fsum(score[key] for score in scores) / len(scores) for key in keys}
@@ -120,7 +139,8 @@ def _levels(model: nn.Module, sets: dict[str, list[Pair]], scale: int) -> int | 
     if spec is None:
         return None
     lr, _ = data.load_pair(next(iter(sets.values()))[0], scale)
-    crop = data.to_tensor(lr[:LEVELS_CROP, :LEVELS_CROP], next(model.parameters()).device)
+    weight = next(model.parameters())
+    crop = data.to_tensor(lr[:LEVELS_CROP, :LEVELS_CROP]).to(weight.device, weight.dtype)
     bits = max(
         spec.bits_of_weights, spec.bits_of_activations, *(bits for _, bits in spec.site_bits)
     )

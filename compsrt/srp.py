@@ -33,13 +33,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, trainer
 from .data import PatchSampler
 from .distributed import Ranks
-from .files import atomic_write, sha256
+from .files import sha256
 from .float_training import FloatTraining, train_float
 from .pruning import Choice, StructureSpec, choose, cut, doomed_weights
-from .trainer import Schedule, Trainer, Validation
+from .trainer import Schedule, Trainer, Validation, pictures_of
 
 PHASES = ("dense", "prune", "finetune")
 WHITE = 255  # of the colours that the published strengths are meant for
@@ -188,7 +188,11 @@ def train_srp(
         place = folder / phase
         source = None if phase == "dense" else _source(folder, phase, weights)
         schedule: Schedule = getattr(plan, phase)
-        wanted = {**(settings or {}), "schedule": json.dumps(dataclasses.asdict(schedule))}
+        wanted = {
+            **(settings or {}),
+            **pictures_of(sampler, validation),
+            "schedule": json.dumps(dataclasses.asdict(schedule)),
+        }
         if source is not None:
             wanted["source"] = sha256(source)
         elif network is not None:
@@ -197,13 +201,12 @@ def train_srp(
             wanted["structure"] = json.dumps(dataclasses.asdict(plan.structure))
             wanted["penalty"] = json.dumps(plan.penalty and dataclasses.asdict(plan.penalty))
         weights = None  # of the first phase only
-        finished = _finished(place, wanted) if resume else None
-        if finished is not None:
-            report[phase] = finished
+        before = trainer.finished(place, wanted) if resume else None
+        if before is not None:
+            report[phase] = before
             continue
         if ranks.is_main:
-            place.mkdir(parents=True, exist_ok=True)
-            (place / "done.json").unlink(missing_ok=True)
+            trainer.start(place, resume)
         ranks.gather(None)
         start: Any = network if source is None else checkpoint.load(source, sampler.device)
         own = {**(card or {}), "phase": phase}
@@ -221,8 +224,7 @@ def train_srp(
         if done["interrupted"]:
             break
         if ranks.is_main:
-            text = json.dumps({"settings": wanted, "report": done})
-            atomic_write(place / "done.json", text.encode())
+            trainer.finish(place, wanted, done)
     ranks.gather(None)
     return report
 
@@ -239,15 +241,6 @@ def _source(folder: Path, phase: str, weights: str | Path | None) -> str | Path:
             f" {folder} first, or give --weights"
         )
     return path
-
-
-def _finished(place: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The report of a phase that was finished with the same settings."""
-    done = place / "done.json"
-    if not done.exists():
-        return None
-    found = json.loads(done.read_text())
-    return found["report"] if found["settings"] == settings else None
 
 
 def _prune(

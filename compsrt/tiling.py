@@ -67,7 +67,7 @@ class Tiled:
         self.scale, self.window = int(getattr(model, "scale", 1)), window
         self.overlap = round_up(OVERLAP, window)
         self.self_ensemble = self_ensemble
-        if isinstance(tile, str) and tile != "auto":
+        if not (tile is None or tile == "auto" or isinstance(tile, int)):
             raise ValueError(f"tile: {tile!r} is neither 'auto' nor a number of pixels nor None")
         if isinstance(tile, int) and round_up(tile, window) < 2 * self.overlap:
             least = 2 * self.overlap

@@ -10,13 +10,14 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compsrt.cli import ArgumentParser, nearest, run
-from compsrt.files import atomic_write, sha256
+from compsrt.files import sha256
 
 if TYPE_CHECKING:
     from compsrt.compress import CalibrationSet
@@ -219,6 +220,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         options.output = Path("runs") / (options.recipe or "-".join(options.method))
     if options.resume and options.force:
         parser.error("--resume and --force contradict each other")
+    if not 0 < options.cache_gigabytes < math.inf:
+        parser.error(f"--cache-gigabytes: {options.cache_gigabytes} is no size of a memory")
+    for bits in options.average_bits:
+        if bits is not None and not 1 <= bits <= 8:
+            parser.error(f"--average-bits: {bits} is not from 1 to 8")
+    for name in ("calibration_count", "calibration_patch", "validation_crops"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: {getattr(options, name)} is not at least 1")
     return options
 
 
@@ -249,7 +258,6 @@ def _given(argv: Sequence[str]) -> set[str]:
 
 
 def _run(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
-    from compsrt import data
 
     if options.method == ["float"]:
         return _train_float(options, ranks)
@@ -264,16 +272,21 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
     from compsrt.quantizers import quant_spec
 
     grid = _grid(options)
+    names = [_name(spec) for _, spec in grid]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice}: the same run twice; name each number of bits and share once")
+    _schedule(options)  # what is wrong with it is said before anything is made
     model: Any = checkpoint.load(options.weights, ranks.device)
     if quant_spec(model) is not None:
         raise ValueError(f"{options.weights}: it is quantized already; the float model is needed")
     scale = model.scale
     train = demo.training_pairs() if options.demo else _pairs(options.train, scale)
-    sets = {Path(folder).name: data.find_pairs(folder, scale) for folder in options.test}
+    sets = scoring.test_sets(options.test, scale)
     if options.demo and not sets:
         sets = {"photographs": demo.test_pairs()}
-    _claim(options, ranks)
     calibration, validation = _pictures(options, train, scale, ranks)
+    _claim(options, ranks)
     source = {"file": Path(options.weights).name, "sha256": sha256(options.weights)}
     candidates = (("bicubic", None, None), ("float", model, options.weights))
     rows, pictures = scoring.score_all(candidates, sets, scale, ranks)
@@ -368,24 +381,35 @@ def _name(spec: Any) -> str:
     """Such as compsrt-4bit, compsrt-weights-4bit (trained weights) or compsrt-3bit-pruned40."""
     width = f"{spec.bits}bit" if spec.average_bits is None else f"{spec.average_bits:g}bit-mixed"
     name = f"{spec.method}{'-weights' if spec.train_weights else ''}-{width}"
-    return name if not spec.pruning else f"{name}-pruned{round(100 * spec.pruning)}"
+    return name if not spec.pruning else f"{name}-pruned{100 * spec.pruning:g}"
 
 
 def _pairs(folders: Sequence[str], scale: int) -> list[Pair]:
     from compsrt import data
 
-    return [pair for folder in folders for pair in data.find_pairs(folder, scale)]
+    pairs = [pair for folder in folders for pair in data.find_pairs(folder, scale)]
+    # Of folders that overlap once, so that none is both trained on and held out.
+    return list({pair.hr.resolve(): pair for pair in pairs}.values())
 
 
 def _claim(options: argparse.Namespace, ranks: Ranks) -> None:
     """The output folder is ours: new, or to be resumed, or to be overwritten."""
     folder: Path = options.output
-    there = folder.exists() and any(entry.name != "srp" for entry in folder.iterdir())
+    there = folder.exists() and (
+        not folder.is_dir() or any(_is_of_a_run(entry) for entry in folder.iterdir())
+    )
     if not options.resume and not options.force and there:
         raise ValueError(f"{folder}: it is not empty; --resume goes on, --force overwrites")
     ranks.gather(None)  # every process has looked before the first one writes
     if ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def _is_of_a_run(entry: Path) -> bool:
+    """Whether a run may have to go on from it: no folder without files, nor srp, where methods start."""
+    if entry.name == "srp":
+        return False
+    return not entry.is_dir() or any(not inside.is_dir() for inside in entry.rglob("*"))
 
 
 def _pictures(
@@ -425,7 +449,7 @@ def _compress(
     ranks: Ranks,
 ) -> tuple[Any, dict[str, Any]]:
     """One run of the grid; with --resume, one that is finished is loaded instead."""
-    from compsrt import checkpoint
+    from compsrt import checkpoint, trainer
     from compsrt.compress import compress
 
     folder: Path = options.output / name
@@ -441,16 +465,15 @@ def _compress(
         "average": options.average,
         "weight_rate": options.weight_learning_rate / options.learning_rate,
         "target": options.target,
+        "calibration": f"{calibration.count} crops of {calibration.patch}",
+        **trainer.pictures_of(calibration.sampler, validation),
     }
-    done = folder / "done.json"
-    if options.resume and done.exists() and json.loads(done.read_text())["settings"] == settings:
-        return (
-            checkpoint.load(folder / "model.safetensors", ranks.device, arithmetic="reference"),
-            json.loads(done.read_text())["report"],
-        )
+    report = trainer.finished(folder, settings) if options.resume else None
+    if report is not None:
+        path = folder / "model.safetensors"
+        return checkpoint.load(path, ranks.device, arithmetic="reference"), report
     if ranks.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        done.unlink(missing_ok=True)
+        trainer.start(folder, options.resume)
     ranks.gather(None)
     quantized, report = compress(
         model,
@@ -470,8 +493,7 @@ def _compress(
         source=source,
     )
     if ranks.is_main and not report["interrupted"] and spec.codes == "clamped":
-        text = json.dumps({"settings": settings, "report": report})
-        atomic_write(done, text.encode())
+        trainer.finish(folder, settings, report)
     return quantized, report
 
 
@@ -499,13 +521,14 @@ def _train_srp(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | No
 
 def _parts(options: argparse.Namespace, ranks: Ranks, scale: int) -> tuple[Any, ...]:
     """Sampler, validation, test sets and schedule; the output folder is claimed."""
-    from compsrt import data
+    from compsrt import scoring
 
     train = _pairs(options.train, scale)
-    sets = {Path(folder).name: data.find_pairs(folder, scale) for folder in options.test}
-    _claim(options, ranks)
+    sets = scoring.test_sets(options.test, scale)
     calibration, validation = _pictures(options, train, scale, ranks)
-    return calibration.sampler, validation, sets, _schedule(options)
+    schedule = _schedule(options)
+    _claim(options, ranks)
+    return calibration.sampler, validation, sets, schedule
 
 
 if __name__ == "__main__":

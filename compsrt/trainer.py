@@ -114,6 +114,56 @@ class Schedule:
         return self.patches[min(step * len(self.patches) // self.steps, len(self.patches) - 1)]
 
 
+def pictures_of(sampler: PatchSampler, validation: Validation | None) -> dict[str, Any]:
+    """What a run depends on of its pictures, in its settings."""
+    return {
+        "pictures": sampler.identity,
+        "validation": None if validation is None else validation.identity,
+    }
+
+
+def check_settings(path: Path, found: Any, settings: dict[str, Any]) -> None:
+    """Raise ValueError unless the run that wrote `found` to a file had these settings."""
+    before = found.get("settings") if isinstance(found, dict) else None
+    if not isinstance(before, dict):
+        raise ValueError(f"{path}: it is of no run, cannot resume; --force starts anew")
+    for key, value in settings.items():
+        if before.get(key) != value:
+            raise ValueError(
+                f"{path}: cannot resume, {key} was {before.get(key)!r} and is {value!r}"
+            )
+
+
+def finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of a run that is finished, by its done.json; None without one or its model.
+
+    Raises ValueError if it is damaged or of a run with other settings.
+    """
+    path = folder / "done.json"
+    if not path.exists() or not (folder / "model.safetensors").exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path}: damaged, cannot resume; --force starts anew") from None
+    check_settings(path, found, settings)
+    return found["report"]
+
+
+def finish(folder: Path, settings: dict[str, Any], report: dict[str, Any]) -> None:
+    """Write what `finished` reads."""
+    text = json.dumps({"settings": settings, "report": report})
+    atomic_write(folder / "done.json", text.encode())
+
+
+def start(folder: Path, resume: bool) -> None:
+    """A run begins in this folder: what an earlier one would go on from goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "done.json").unlink(missing_ok=True)
+    if not resume:
+        (folder / "state.pt").unlink(missing_ok=True)
+
+
 class Validation:
     """Fixed crops of held-out training pictures, and the PSNR (luma, of the pooled error) on them."""
 
@@ -123,6 +173,7 @@ class Validation:
         self.lr = lr[ranks.rank :: ranks.world]
         self.hr = hr[ranks.rank :: ranks.world]
         self.names = sorted({crop["name"] for crop in sampler.describe(count, patch, step=0)})
+        self.identity = f"{count} crops of {patch} of {sampler.identity}"
 
     @torch.no_grad()
     def psnr(self, model: nn.Module) -> float:
@@ -158,7 +209,8 @@ class Trainer:
         description: str = "training",
     ):
         self.objective, self.sampler, self.schedule = objective, sampler, schedule
-        self.validation, self.folder, self.settings = validation, folder, settings or {}
+        self.validation, self.folder = validation, folder
+        self.settings = {**(settings or {}), **pictures_of(sampler, validation)}
         self.ranks = ranks or Ranks(sampler.device)
         self.description = description
         self.step = 0
@@ -194,9 +246,7 @@ class Trainer:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{path}: damaged, cannot resume ({type(error).__name__})") from None
-        for key, value in self.settings.items():
-            if (before := state["settings"].get(key)) != value:
-                raise ValueError(f"{path}: cannot resume, {key} was {before!r} and is {value!r}")
+        check_settings(path, state, self.settings)
         self.step, self.seconds = state["step"], state["seconds"]
         self.best = state["best"]
         self.objective.load_state_dict(state["objective"])

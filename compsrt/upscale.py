@@ -61,11 +61,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 continue
             try:
                 if target.exists() and not options.force:
-                    raise ValueError(f"{target}: exists by now; --force overwrites")
+                    broken.append(f"{target}: exists by now; --force overwrites")
+                    continue
                 target.parent.mkdir(parents=True, exist_ok=True)
                 atomic_write(target, content)
             except (ValueError, OSError) as error:
                 broken.append(explain(error) or str(error))
+                if isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError):
+                    continue  # something appeared where this one was to go
                 break  # no room or no right to write: the next one would fail too
             pixels += size
     seconds = time.perf_counter() - start
@@ -245,7 +248,9 @@ def _pixels(source: Path) -> int:
     from compsrt.data import header_size
 
     try:
-        height, width = header_size(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again, with its name, when its turn comes
+            height, width = header_size(source)
     except (ValueError, OSError):
         return 0
     return height * width
@@ -293,7 +298,10 @@ def _find(word: str) -> tuple[Path, list[Path]]:
         raise ValueError("INPUT: an empty name")
     path = Path(word)
     if os.path.lexists(path) or not glob.has_magic(word):
-        return (path if path.is_dir() else path.parent), find_images(path)
+        pictures = find_images(path)
+        if path.is_dir():
+            _warn_of_others(path)
+        return (path if path.is_dir() else path.parent), pictures
     matches = [Path(name) for name in glob.glob(word, recursive=True)]
     pictures = [p for p in matches if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
     if not pictures:
@@ -305,6 +313,23 @@ def _find(word: str) -> tuple[Path, list[Path]]:
             break
         plain.append(part)
     return Path(*plain), sorted(pictures)
+
+
+def _warn_of_others(folder: Path) -> None:
+    """One line about the files of a folder that are not read."""
+    from compsrt.data import IMAGE_SUFFIXES, _files_below
+
+    suffixes = [path.suffix.lower() for path in _files_below(folder)]
+    others = [suffix for suffix in suffixes if suffix not in IMAGE_SUFFIXES]
+    if others:
+        one = len(others) == 1
+        what = (
+            "1 file is no picture that is"
+            if one
+            else f"{len(others)} files are no pictures that are"
+        )
+        kinds = ", ".join(suffix or "no suffix" for suffix in sorted(set(others)))
+        warnings.warn(f"{folder}: {what} read here: {kinds}", stacklevel=2)
 
 
 def _check_targets(jobs: list[Job], force: bool) -> None:

@@ -41,6 +41,22 @@ def test_a_nan_picture_names_the_first_site():
         compsrt.quantize(tiny_swinir(), QuantSpec(), torch.full((1, 3, 16, 16), torch.nan))
 
 
+@pytest.mark.parametrize(
+    ("pictures", "found"),
+    [
+        (torch.rand(3, 16, 16), r"a float32 tensor of shape \(3, 16, 16\)"),
+        (torch.rand(0, 3, 16, 16), r"a float32 tensor of shape \(0, 3, 16, 16\)"),
+        (torch.ones(1, 3, 16, 16, dtype=torch.uint8), "a uint8 tensor"),
+        (torch.tensor(1.0), r"a float32 tensor of shape \(\)"),
+        ([torch.rand(3, 16, 16)], "list"),
+    ],
+)
+@pytest.mark.parametrize("fields", [{}, {"transform": "auto"}, {"average_bits": 3.0}])
+def test_pictures_of_another_form_are_refused(pictures, found, fields):
+    with pytest.raises(ValueError, match=rf"^pictures: {found}.*; give .* \(B, C, H, W\)"):
+        compsrt.quantize(tiny_swinir(), QuantSpec(**fields), pictures)
+
+
 def test_a_constant_picture_leaves_every_step_positive():
     quantized = compsrt.quantize(tiny_swinir(), QuantSpec(), torch.zeros(1, 3, 16, 16))
     for site in quantizers(quantized).values():

@@ -29,7 +29,9 @@ from compsrt.checkpoint import (
     size_report,
 )
 from compsrt.data import read_image, to_tensor
+from compsrt.models.edsr import EDSR, EDSRConfig
 from compsrt.models.quant_swinir import swap_blocks
+from compsrt.models.sesr import SESR, SESRConfig
 from compsrt.models.swinir import SwinIR, SwinIRConfig
 from compsrt.pruning import prune
 from compsrt.quantization import METHODS, QuantSpec
@@ -461,6 +463,104 @@ def test_what_is_no_model_is_one_line_that_names_the_file(content, message, tmp_
         load(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
+
+
+def network(family: str) -> nn.Module:
+    if family == "SESR":
+        return SESR(SESRConfig(blocks=2)).collapsed()
+    return EDSR(EDSRConfig(channels=8, hidden=((8,),))) if family == "EDSR" else float_model()
+
+
+def assert_no_model(path) -> None:
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: ") as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["SESR", "EDSR", "SwinIR"])
+def test_no_tensor_of_another_kind_escapes_as_another_error(family, tmp_path):
+    state, path = network(family).state_dict(), tmp_path / "model.pth"
+    torch.save(state, path)
+    assert type(load(path)).__name__ == family
+    weights = [name for name in state if name.endswith("weight")]
+    replacements = (
+        torch.tensor(1.0),
+        torch.zeros(0),
+        torch.zeros(0, 0, 3, 3),
+        torch.zeros(4, 0, 3, 3),
+        torch.zeros(0, 4, 3, 3),
+        torch.zeros(4),
+    )
+    for name in weights:
+        changed = [lambda v: v.to("meta"), lambda v: v.to_sparse(), lambda v: v.long()]
+        changed += [lambda v: v.bool(), *(lambda v, new=new: new for new in replacements)]
+        for change in changed:
+            torch.save({**state, name: change(state[name])}, path)
+            assert_no_model(path)
+    for change in (
+        torch.Tensor.long,
+        lambda v: v.to("meta"),
+        *(lambda v, r=r: r for r in replacements),
+    ):
+        torch.save({name: change(value) for name, value in state.items()}, path)
+        assert_no_model(path)
+
+
+CRAFTED = [
+    ("spec", None),
+    ("spec", []),
+    ("spec", "x"),
+    ("spec.pruning", "x"),
+    ("spec.site_bits", 3),
+    ("spec.method", []),
+    ("architecture", None),
+    ("architecture", {}),
+    ("architecture.name", "x"),
+    ("architecture.config", None),
+    ("architecture.config.unknown", 1),
+    ("architecture.config.embed_dim", "x"),
+    ("architecture.config.num_heads", [0]),
+    ("architecture.config.window_size", 0),
+    ("architecture.config.embed_dim", 10**30),
+    ("format", "x"),
+    ("format", None),
+    ("card", "x"),
+]
+
+
+@pytest.mark.parametrize(("where", "value"), CRAFTED, ids=str)
+def test_metadata_that_say_no_model_are_one_line(where, value, packed):
+    data = packed.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    card = json.loads(header["__metadata__"]["compsrt"])
+    del card["checksum"]
+    *parents, last = where.split(".")
+    inner = card
+    for parent in parents:
+        inner = inner[parent]
+    inner[last] = value
+    packed.write_bytes(checkpoint._sealed(safetensors.torch.load(data), card))
+    assert_no_model(packed)
+
+
+@pytest.mark.parametrize("missing", ["codes", "mask", "scalars", "floats"])
+def test_a_packed_file_without_one_of_its_tensors_is_one_line(missing, packed):
+    data = packed.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    card = json.loads(header["__metadata__"]["compsrt"])
+    del card["checksum"]
+    tensors = safetensors.torch.load(data)
+    for value in (None, torch.zeros(()), torch.zeros(2, 2), torch.zeros(3, dtype=torch.bool)):
+        changed = {name: tensor for name, tensor in tensors.items() if name != missing}
+        changed |= {} if value is None else {missing: value}
+        packed.write_bytes(checkpoint._sealed(changed, card))
+        assert_no_model(packed)
+
+
+@pytest.mark.parametrize(("dtype", "use"), [("float16", "float16"), (float, "float32")])
+def test_a_dtype_is_torchs(dtype, use, packed):
+    with pytest.raises(TypeError, match=f"^dtype: .* is no torch.dtype; use torch.{use}$"):
+        load(packed, dtype=dtype)
 
 
 def test_missing_files_and_folders_are_named(tmp_path):

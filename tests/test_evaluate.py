@@ -255,3 +255,25 @@ def test_two_processes_score_exactly_as_one(folder, tmp_path):
     means = [row["tests"] for row in report["rows"]]
     assert [row["tests"] for row in json.loads(together[-1])["rows"]] == means
     assert len(together) == 6
+
+
+def test_no_test_picture_is_overwritten(tmp_path, capsys):
+    place = tmp_path / "out/bicubic/A"
+    place.mkdir(parents=True)
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    write_image(place / "0.png", picture)
+    before = (place / "0.png").read_bytes()
+    argv = ["--scale", "2", "--test", str(place), "--output", str(tmp_path / "out")]
+    assert run(evaluate.main, [*argv, "--save-images"]) == 2
+    assert "0.png: it is a test picture, and would be overwritten" in capsys.readouterr().err
+    assert (place / "0.png").read_bytes() == before
+    assert run(evaluate.main, argv) == 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_levels_are_counted_in_any_type(dtype, folder, capsys):
+    model = ROOT / "compsrt/assets/sesr_m5_x2_8bit.safetensors"
+    argv = [str(model), "--test", str(folder / "B"), "--dtype", dtype]
+    assert run(evaluate.main, argv) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["rows"][-1]["levels"] <= 256

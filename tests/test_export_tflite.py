@@ -186,6 +186,15 @@ def test_a_picture_has_at_least_one_pixel(sides):
         tflite_file(tiny_sesr(), *sides)
 
 
+@pytest.mark.parametrize("sides", [(99999999999999, 1), (10**9, 10**9), (2**16, 2**14)])
+def test_a_picture_larger_than_a_tensor_can_be_is_refused(sides):
+    message = (
+        rf"height and width: {sides[0]} x {sides[1]} pixels of 16 channels .* at most 134217727"
+    )
+    with pytest.raises(ValueError, match=message):
+        tflite_file(tiny_sesr(scale=4), *sides)
+
+
 # --- Arrays --------------------------------------------------------------------------------------
 
 

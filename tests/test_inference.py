@@ -202,6 +202,19 @@ def test_tiles_too_small_to_overlap_are_refused(model):
         enlarge(model, picture(8, 8), 25)
 
 
+@pytest.mark.parametrize("tile", [64.0, "64", (64, 64)])
+def test_a_tile_is_a_whole_number(tile, model):
+    with pytest.raises(ValueError, match=r"tile: .* is neither 'auto' nor a number of pixels"):
+        super_resolve(model, RGB, tile=tile)
+
+
+@pytest.mark.parametrize("image", ["photo.jpg", Path("photo.jpg"), picture(8, 8)])
+def test_what_is_no_pil_picture_is_named(image, model):
+    message = rf"^image: '{type(image).__name__}' is not a PIL picture; open it with PIL.Image.open"
+    with pytest.raises(TypeError, match=message):
+        super_resolve(model, image)
+
+
 def test_a_model_that_overflows_is_an_error(model):
     class Broken(Repeat):
         def forward(self, x):

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, TiffImagePlugin
 
+from compsrt.images import read_image
 from compsrt.photos import Photo, as_image, check, encode, from_image, read_photo
 
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -188,6 +190,24 @@ def test_metadata_that_a_format_cannot_hold_is_left_out_with_a_warning(tmp_path)
     with pytest.warns(UserWarning, match="BMP cannot hold the (EXIF|colour profile)") as caught:
         encode(photo, "BMP")
     assert len(caught) == 2
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_white_is_zero_is_no_negative(compression, dtype, tmp_path):
+    values = noise(7, 9, dtype=dtype)
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "TIFF", compression=compression)
+    tag, path = b"\x06\x01\x03\x00\x01\x00\x00\x00", tmp_path / "negative.tif"
+    assert file.getvalue().count(tag + b"\x01") == 1
+    path.write_bytes(file.getvalue().replace(tag + b"\x01", tag + b"\x00"))
+    white = np.iinfo(dtype).max
+    assert np.array_equal(read_photo(path).colours, white - values)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 16 bits are reduced
+        pixels = read_image(path)
+    expected = (white - values.astype(int) + white // 510) // (white // 255)
+    assert np.array_equal(pixels, np.repeat(expected[:, :, None], 3, axis=2))
 
 
 def test_planes_of_16_bits_are_refused(tmp_path):

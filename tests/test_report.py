@@ -267,6 +267,51 @@ def test_a_report_is_replaced_only_when_asked_and_other_files_never(tmp_path):
         report.check_folder(out, force=True)
 
 
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("page", [None, "<h1>my home page</h1>"])
+def test_a_folder_of_pictures_is_no_report(page, force, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "holiday.png").touch()
+    if page is not None:
+        (tmp_path / "index.html").write_text(page)
+    with pytest.raises(ValueError, match=r"not empty, holds .*, no part of a report"):
+        report.check_folder(tmp_path, force=force)
+
+
+def test_a_report_deletes_only_what_a_report_wrote(tmp_path):
+    out = tmp_path / "out"
+    errors = {"one": {"bicubic": 5, "float": 2}, "two": {"bicubic": 5, "float": 3}}
+    made = Made(tmp_path, errors)
+    made.write(out)
+    shown = {path.relative_to(out) for path in out.rglob("*.png")}
+    assert {f"pictures/{path}" for path in report._written(out)} == set(map(str, shown))
+    foreign = [out / "pictures" / name for name in ("holiday.png", "002-two/me.png", "own/a.png")]
+    for path in foreign:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"mine")
+    report.check_folder(out, force=True)
+    made.write(out, count=1)
+    left = {path.relative_to(out) for path in out.rglob("*.png")} - {
+        path.relative_to(out) for path in foreign
+    }
+    assert left == {path for path in shown if "001-one" in path.parts}
+    assert {path.read_bytes() for path in foreign} == {b"mine"}
+
+    in_the_way = out / "pictures" / "002-two" / "truth.png"
+    in_the_way.write_bytes(b"mine")
+    before = {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"truth\.png: written by no report; move it away"):
+        made.write(out)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_page_names_no_files_outside_its_pictures(tmp_path):
+    names = ("../../a.png", "1-a/../b.png", "1-a/b/c.png", "/1-a/b.png", "1-a/b.txt", "1-a/b.png")
+    images = "".join(f'<img src="pictures/{name}">' for name in names)
+    (tmp_path / "index.html").write_text(report.MARK + '">' + images)
+    assert report._written(tmp_path) == {Path("1-a/b.png")}
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 

@@ -374,6 +374,13 @@ def test_wrong_arguments_are_one_line(arguments, message, capsys):
     assert message in refusal(arguments, capsys)
 
 
+@pytest.mark.parametrize("arguments", [["range", "--seed", "x"], ["range", "--sed", "1"], ["rang"]])
+def test_errors_of_subcommands_begin_with_the_command(arguments, capsys):
+    with pytest.raises(SystemExit):
+        statistics.main(arguments)
+    assert capsys.readouterr().err.startswith("compsrt.statistics: error: ")
+
+
 def test_an_empty_folder_and_a_quantized_model_are_refused(source, tmp_path, capsys):
     (tmp_path / "pictures").mkdir()
     assert "no pictures" in refusal(["range", "--pictures", tmp_path / "pictures"], capsys)

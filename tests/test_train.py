@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from networks import tiny_swinir, write_pictures
 
-from compsrt import checkpoint, cli, demo, train
+from compsrt import checkpoint, cli, demo, train, trainer
 from compsrt.quantization import TRAINED_KINDS
 from compsrt.recipes import RECIPES, Recipe
 
@@ -275,3 +275,101 @@ def test_bad_input_is_one_line_and_exit_code_2(material, capsys, spoil, more, wo
     assert code == 2, err
     assert len(lines) == 1 and lines[0].startswith("compsrt.train: error: ") and words in lines[0]
     assert before == {p: p.read_bytes() for p in before}, "nothing of the user's was touched"
+
+
+# --- Resuming ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other_pictures(material):
+    write_pictures(material / "others", 4, 168, 160)
+    return ["--train", str(material / "others")]
+
+
+@pytest.mark.parametrize("method", ["compsrt", "dobi"])
+def test_a_run_of_other_pictures_or_settings_is_not_taken_up(
+    method, material, other_pictures, capsys
+):
+    run = arguments(material, "--method", method)
+    assert command(capsys, run)[0] == 0
+    path = material / f"out/{method}-4bit/model.safetensors"
+    before = path.read_bytes()
+    for more, word in (
+        (other_pictures, "pictures was '3 pictures"),
+        (["--calibration-count", "3"], "calibration was '2 crops of 16' and is '3 crops of 16'"),
+        (["--validation-crops", "2"], "validation was '1 crops of 64"),
+        (["--transform", "dct"], "spec was"),
+    ):
+        code, _, err = command(capsys, [*run, *more, "--resume"])
+        assert code == 2 and f"cannot resume, {word}" in err
+        assert path.read_bytes() == before
+    assert command(capsys, [*run, "--resume"])[0] == 0
+
+
+def test_a_run_that_starts_anew_leaves_nothing_to_go_on_from(material, capsys):
+    run = arguments(material)
+    assert command(capsys, run)[0] == 0
+    folder = material / "out/compsrt-4bit"
+    assert (folder / "state.pt").exists() and (folder / "done.json").exists()
+    trainer.start(folder, resume=True)
+    assert (folder / "state.pt").exists() and not (folder / "done.json").exists()
+    trainer.start(folder, resume=False)
+    assert not (folder / "state.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["done.json", "state.pt"])
+@pytest.mark.parametrize("damage", ["cut", "of another kind", "without its model"])
+def test_what_a_run_would_go_on_from_is_damaged(name, damage, material, capsys):
+    run = arguments(material)
+    assert command(capsys, run)[0] == 0
+    folder = material / "out/compsrt-4bit"
+    if damage == "without its model":
+        (folder / "model.safetensors").unlink()
+        assert command(capsys, [*run, "--resume"])[0] == 0
+        assert (folder / "model.safetensors").exists()
+        return
+    if name == "state.pt":
+        (folder / "done.json").unlink()
+    content = {"a": 1}
+    if damage == "cut":
+        (folder / name).write_bytes(b"{")
+    elif name == "state.pt":
+        torch.save(content, folder / name)
+    else:
+        (folder / name).write_text(json.dumps(content))
+    code, _, err = command(capsys, [*run, "--resume"])
+    assert code == 2 and len(err.splitlines()) == 1
+    assert f"{name}: " in err and "cannot resume" in err
+
+
+def test_runs_that_would_share_a_folder(material, capsys):
+    run = arguments(material, "--method", "dobi", "--steps", "0")
+    code, report, _ = command(capsys, [*run, "--pruning", "0.401", "0.404"])
+    assert code == 0
+    assert [row["model"] for row in report["rows"]][2:] == [
+        "dobi-4bit-pruned40.1",
+        "dobi-4bit-pruned40.4",
+    ]
+    code, _, err = command(capsys, [*run, "--bits", "4", "4", "--force"])
+    assert code == 2 and "dobi-4bit: the same run twice" in err
+
+
+def test_test_sets_of_one_name_are_told_apart(material, capsys):
+    shutil.copytree(material / "set", material / "other/set")
+    code, report, _ = command(
+        capsys, arguments(material, "--method", "dobi", "--test", str(material / "other/set"))
+    )
+    assert code == 0
+    assert len(report["rows"][0]["tests"]) == 2
+
+
+def test_no_picture_of_overlapping_folders_is_trained_on_and_held_out(material):
+    pairs = train._pairs([str(material / "train"), str(material)], 2)
+    paths = [pair.hr for pair in pairs]
+    assert len(set(paths)) == len(paths) and len(paths) == 6
+
+
+def test_a_mistake_leaves_no_folder_that_seems_in_use(material, capsys):
+    code, _, _ = command(capsys, arguments(material, "--weight-groups", "7"))
+    assert code == 2
+    assert command(capsys, arguments(material, "--method", "dobi"))[0] == 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +195,58 @@ def test_a_write_that_fails_stops_the_run_and_says_what_is_done(
     assert first.endswith("clear_x2.png: no space left on device")
     assert summary.endswith("1 of 4 pictures failed, 2 are done, 1 were not tried")
     assert len(files(output)) == 2
+
+
+@pytest.mark.parametrize("appears", ["file", "folder"])
+def test_a_target_that_appears_meanwhile_fails_alone(
+    appears, weights, photos, tmp_path, capsys, monkeypatch
+):
+    output = tmp_path / "large"
+    work = upscale._Enlarger.__call__
+
+    def slow(self, source, target, advance):
+        if source.name == "clear.png" and appears == "file":
+            target.parent.mkdir(parents=True)
+            target.write_bytes(b"mine")
+        elif source.name == "clear.png":
+            target.parent.write_bytes(b"mine")
+        return work(self, source, target, advance)
+
+    monkeypatch.setattr(upscale._Enlarger, "__call__", slow)
+    assert enlarge(weights, photos, "--output", output) == 2
+    first, summary = capsys.readouterr().err.splitlines()
+    message = "clear_x2.png: exists by now; --force overwrites"
+    assert (message if appears == "file" else "below: ") in first
+    assert summary.endswith("error: 1 of 4 pictures failed, 3 are done")
+    mine = output / "below" / "clear_x2.png" if appears == "file" else output / "below"
+    assert mine.read_bytes() == b"mine"
+
+
+def test_files_of_a_folder_that_are_left_out_are_counted(weights, photos, tmp_path, capsys):
+    assert enlarge(weights, photos, "--output", tmp_path / "1") == 0
+    assert capsys.readouterr().err == ""
+    start = f"compsrt.upscale: warning: {photos}: "
+    (photos / "below" / "a.GIF").touch()
+    assert enlarge(weights, photos, "--output", tmp_path / "2") == 0
+    assert capsys.readouterr().err == f"{start}1 file is no picture that is read here: .gif\n"
+    for name in ("b.gif", "notes.txt", ".hidden", "README"):
+        (photos / name).touch()
+    assert enlarge(weights, photos, "--output", tmp_path / "3") == 0
+    line = "4 files are no pictures that are read here: no suffix, .gif, .txt"
+    assert capsys.readouterr().err == f"{start}{line}\n"
+
+
+def test_warnings_about_a_header_name_the_picture(weights, photos, tmp_path, capsys, monkeypatch):
+    opened = Image.open
+
+    def warned(*arguments, **options):
+        warnings.warn("Truncated File Read", stacklevel=2)
+        return opened(*arguments, **options)
+
+    monkeypatch.setattr(Image, "open", warned)
+    assert enlarge(weights, photos / "a.jpg", "--output", tmp_path / "b.png") == 0
+    line = f"compsrt.upscale: warning: {photos / 'a.jpg'}: Truncated File Read\n"
+    assert capsys.readouterr().err == line
 
 
 def test_patterns_name_pictures_below_their_folder(weights, photos, tmp_path, capsys):

@@ -30,13 +30,15 @@ from .sesr_graph import Affine, Convolution, Layer, graph_of
 
 INPUT, OUTPUT = "luma", "enlarged"
 SIGNATURE = "serving_default"  # what runtimes look for
+LARGEST = 2**31 - 1  # elements of a tensor: runtimes count them in an int32
 
 
 def tflite_file(network: SESR, height: int, width: int) -> ExportedFile:
     """The file for pictures of height x width pixels.
 
     network: narrow, float or quantized to 8 bits. Raises ValueError for other networks and bits, for
-    sides below 1, and where the package ai-edge-litert is missing.
+    sides below 1 or too large for a tensor of LARGEST elements, and where the package ai-edge-litert is
+    missing.
     """
     if not isinstance(network, SESR):
         raise ValueError(
@@ -46,6 +48,12 @@ def tflite_file(network: SESR, height: int, width: int) -> ExportedFile:
     if min(height, width) < 1:
         raise ValueError(f"height and width: {height} x {width}; both must be at least 1")
     graph = graph_of(network)
+    channels = max(graph.scale**2, *(len(layer.convolution.bias) for layer in graph.layers))
+    if height * width * channels > LARGEST:
+        raise ValueError(
+            f"height and width: {height} x {width} pixels of {channels} channels are more than the"
+            f" {LARGEST} elements of a tensor; give at most {LARGEST // channels} pixels"
+        )
     writer = _Writer(network, height, width)
     sides = height, width
     picture = writer.tensor(INPUT, (1, *sides, 1), graph.picture)
