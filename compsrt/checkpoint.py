@@ -101,8 +101,7 @@ def load(
         raise ValueError(f"{path}: not a model of this package: {reason}") from error
     model.card = card if packed else card.get("card", {})  # pyright: ignore[reportArgumentType]
     model = model.to(device, dtype).eval().requires_grad_(False)
-    if packed:
-        models.set_arithmetic(model, arithmetic)
+    models.set_arithmetic(model, arithmetic)
     return model
 
 

@@ -139,6 +139,8 @@ def _evaluate(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | Non
     dtype = getattr(torch, options.dtype)
     runs = list(_runs(options.models, options.arithmetic, ranks.device, dtype))
     names = [name for name, *_ in runs]
+    if options.agreement and len(runs) < 2:
+        raise ValueError(f"--agreement: {names[0]} computes in one way; name another model too")
     scale = _scale(options.scale, {path: model for _, path, model in runs})
     sets = scoring.test_sets(options.test, scale)
     output: Path | None = options.output

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+TEMPORARY = ".compsrt-*.tmp"  # what is being written, or was when its process was killed
+
 
 def atomic_write(path: str | Path, write: Callable[[BinaryIO], object] | bytes) -> None:
     """Write a file so that at every moment ``path`` holds the whole old or the whole new content.
@@ -46,7 +48,7 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object] | bytes) 
 
     destination = Path(os.path.realpath(path))
     # No part of the name is the destination's: that one may already be as long as names can be.
-    temporary = destination.parent / f".compsrt-{secrets.token_hex(8)}.tmp"
+    temporary = destination.parent / TEMPORARY.replace("*", secrets.token_hex(8))
     try:
         # "x" and the default mode: the umask applies, as it would to a plain open().
         with open(temporary, "xb") as file:

@@ -56,7 +56,8 @@ def super_resolve(
 
     image: a PIL picture of any size and mode, which is turned upright if its EXIF data say so. Grey
     stays grey ("L", or "I;16" of 16 bits); palettes, CMYK and the like become RGB, transparency an
-    alpha channel, enlarged bicubically. The colour profile and EXIF are in the result's `info`.
+    alpha channel, enlarged bicubically. The colour profile and EXIF are in the result's `info`;
+    `save` writes EXIF only if it is given to it.
     tile: the most pixels of the input that a tile has a side, which bounds the memory; None takes
     the picture whole, "auto" decides by the free memory. batch: tiles at a time. self_ensemble: the
     mean of the eight flips and rotations, at eight times the work. Raises ValueError for

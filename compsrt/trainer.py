@@ -32,7 +32,7 @@ from . import metrics
 from .cli import progress
 from .data import PatchSampler, to_image
 from .distributed import Ranks
-from .files import atomic_write
+from .files import TEMPORARY, atomic_write
 
 
 class Objective(Protocol):
@@ -157,11 +157,11 @@ def finish(folder: Path, settings: dict[str, Any], report: dict[str, Any]) -> No
 
 
 def start(folder: Path, resume: bool) -> None:
-    """A run begins in this folder: what an earlier one would go on from goes."""
+    """A run begins in this folder: what an earlier one would go on from, or was writing, goes."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "done.json").unlink(missing_ok=True)
-    if not resume:
-        (folder / "state.pt").unlink(missing_ok=True)
+    old = [folder / "done.json", *folder.glob(TEMPORARY)]
+    for path in old if resume else [*old, folder / "state.pt"]:
+        path.unlink(missing_ok=True)
 
 
 class Validation:

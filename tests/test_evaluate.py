@@ -257,6 +257,15 @@ def test_two_processes_score_exactly_as_one(folder, tmp_path):
     assert len(together) == 6
 
 
+def test_a_float_model_agrees_with_nothing_else(folder, capsys):
+    words = ["float.safetensors", "--test", "B", "--agreement", "--arithmetic", "fold", "integer"]
+    assert run(evaluate.main, arguments(folder, *words)) == 2
+    assert "--agreement: float computes in one way" in capsys.readouterr().err
+    words = ["float.safetensors", "--test", "B", "--arithmetic", "foo"]
+    assert run(evaluate.main, arguments(folder, *words)) == 2
+    assert "arithmetic: 'foo' is unknown" in capsys.readouterr().err
+
+
 def test_no_test_picture_is_overwritten(tmp_path, capsys):
     place = tmp_path / "out/bicubic/A"
     place.mkdir(parents=True)

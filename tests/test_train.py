@@ -311,7 +311,9 @@ def test_a_run_that_starts_anew_leaves_nothing_to_go_on_from(material, capsys):
     assert command(capsys, run)[0] == 0
     folder = material / "out/compsrt-4bit"
     assert (folder / "state.pt").exists() and (folder / "done.json").exists()
+    (folder / ".compsrt-0123456789abcdef.tmp").touch()  # as a kill leaves it
     trainer.start(folder, resume=True)
+    assert not list(folder.glob(".*"))
     assert (folder / "state.pt").exists() and not (folder / "done.json").exists()
     trainer.start(folder, resume=False)
     assert not (folder / "state.pt").exists()
