@@ -39,7 +39,7 @@ from .distributed import Ranks
 from .files import sha256
 from .float_training import FloatTraining, train_float
 from .pruning import Choice, StructureSpec, choose, cut, doomed_weights
-from .trainer import Schedule, Trainer, Validation, pictures_of
+from .trainer import Schedule, Trainer, Validation
 
 PHASES = ("dense", "prune", "finetune")
 WHITE = 255  # of the colours that the published strengths are meant for
@@ -190,7 +190,7 @@ def train_srp(
         schedule: Schedule = getattr(plan, phase)
         wanted = {
             **(settings or {}),
-            **pictures_of(sampler, validation),
+            **trainer.pictures_of(sampler, validation),
             "schedule": json.dumps(dataclasses.asdict(schedule)),
         }
         if source is not None:

@@ -91,10 +91,9 @@ class Replay(nn.Module):
         if not self._seen[key]:
             return self._direct(function, x)
         while len(self._recordings) >= self.shapes:
+            # As if it had not come yet: more shapes in turn than are kept are not recorded each time.
             oldest, _ = self._recordings.popitem(last=False)
-            self._seen.pop(
-                oldest, None
-            )  # more shapes in turn than are kept are not recorded each time
+            self._seen.pop(oldest, None)
         try:
             made = said(f"launches recorded for {size}", x.device, self._record, function, x)
         except RuntimeError as error:
