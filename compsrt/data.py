@@ -88,7 +88,7 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
     folder = Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder or picture")
-    found = [folder] if folder.is_file() else _files_below(folder)
+    found = [folder] if folder.is_file() else files_below(folder)
     pictures = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
     if not pictures:
         kind = "not a picture" if folder.is_file() else "no pictures in this folder"
@@ -96,7 +96,7 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
     return sorted(pictures)
 
 
-def _files_below(folder: Path) -> list[Path]:
+def files_below(folder: Path) -> list[Path]:
     found: list[Path] = []
     visited: set[str] = set()
     for parent, folders, files in os.walk(folder, followlinks=True):

@@ -317,9 +317,9 @@ def _find(word: str) -> tuple[Path, list[Path]]:
 
 def _warn_of_others(folder: Path) -> None:
     """One line about the files of a folder that are not read."""
-    from compsrt.data import IMAGE_SUFFIXES, _files_below
+    from compsrt.data import IMAGE_SUFFIXES, files_below
 
-    suffixes = [path.suffix.lower() for path in _files_below(folder)]
+    suffixes = [path.suffix.lower() for path in files_below(folder)]
     others = [suffix for suffix in suffixes if suffix not in IMAGE_SUFFIXES]
     if others:
         one = len(others) == 1

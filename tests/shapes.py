@@ -32,6 +32,13 @@ LARGE = {
     "cold": (1048576, 60),
 }
 
+
+class OnDevice(torch.Tensor):
+    """A tensor that says it is on a CUDA device."""
+
+    is_cuda = True
+
+
 # Where a test of a kernel runs: interpreted on the CPU, or on a device where there is one.
 DEVICES = [
     pytest.param(

@@ -161,12 +161,3 @@ class Block:
             "dtype": dtype,
         }
         return reference.fold_block(**{**arguments, **changes})
-
-
-def to(value: Any, device: str) -> Any:
-    """A FoldedBlock, or a part of one, on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to(part, device) for part in value))
-    return value

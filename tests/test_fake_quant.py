@@ -17,6 +17,7 @@ from shapes import (
     DEVICES,
     SMALL,
     TYPES,
+    OnDevice,
     error,
     four_scalars,
     leaves,
@@ -209,26 +210,33 @@ def test_a_cpu_goes_straight_to_the_reference(monkeypatch):
     assert out.dtype == torch.float64
 
 
-class OnDevice(torch.Tensor):
-    """A tensor that says it is on a CUDA device."""
-
-    is_cuda = True
+class OnFirstDevice(OnDevice):
     device = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def asked_anew(monkeypatch):
+    """What is known of devices is forgotten, and none is there to be entered."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    dispatch._runs_kernels.cache_clear()
+    yield
+    dispatch._runs_kernels.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("major", "hip", "runs"),
     [(7, None, False), (8, None, True), (12, None, True), (7, "6.4", True)],
 )
-def test_an_old_device_goes_to_the_reference(major, hip, runs, monkeypatch):
+def test_an_old_device_goes_to_the_reference(major, hip, runs, monkeypatch, asked_anew):
     """Triton's code for it has no tensor cores, and spills. AMD counts otherwise."""
     monkeypatch.delenv("COMPSRT_KERNELS", raising=False)
     monkeypatch.setattr(dispatch, "INSTALLED", True)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 5))
     launched = []
-    monkeypatch.setattr(dispatch, "_launches", lambda device: not launched.append(device))
-    x = torch.zeros(3).as_subclass(OnDevice)
+    monkeypatch.setattr(dispatch, "_nothing_kernel", {(1,): lambda: launched.append(1)})
+    x = torch.zeros(3).as_subclass(OnFirstDevice)
+    assert dispatch.use_triton(x) == runs
     assert dispatch.use_triton(x) == runs
     assert len(launched) == runs
     assert not dispatch.use_triton(torch.zeros(3))
@@ -236,21 +244,19 @@ def test_an_old_device_goes_to_the_reference(major, hip, runs, monkeypatch):
 
 @pytest.mark.gpu
 def test_triton_can_run_on_a_device():
-    dispatch._launches.cache_clear()
-    assert dispatch._launches(torch.device("cuda", 0))
+    dispatch._runs_kernels.cache_clear()
+    assert dispatch.runs_kernels(torch.device("cuda", 0))
 
 
-def test_a_machine_where_triton_cannot_compile_goes_to_the_reference(monkeypatch):
+def test_a_machine_where_triton_cannot_compile_goes_to_the_reference(monkeypatch, asked_anew):
     def fails():
         raise RuntimeError("Failed to find C compiler.\nPlease specify it.")
 
     monkeypatch.setattr(dispatch, "_nothing_kernel", {(1,): fails})
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    dispatch._launches.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.warns(UserWarning, match=r"cannot run on cuda:0, .*: Failed to find C compiler\.$"):
-        assert not dispatch._launches(torch.device("cuda", 0))
-    assert not dispatch._launches(torch.device("cuda", 0))  # says it once
-    dispatch._launches.cache_clear()
+        assert not dispatch.runs_kernels(torch.device("cuda", 0))
+    assert not dispatch.runs_kernels(torch.device("cuda", 0))  # says it once
 
 
 @pytest.mark.gpu

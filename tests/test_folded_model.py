@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import tiny_swinir
+from shapes import OnDevice
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import compsrt
@@ -289,12 +290,6 @@ def test_autocast_changes_no_folded_block(arithmetic):
 
 
 # --- Recording -----------------------------------------------------------------------------------
-
-
-class OnDevice(torch.Tensor):
-    """A tensor that says it is on a CUDA device."""
-
-    is_cuda = True
 
 
 class Graph:

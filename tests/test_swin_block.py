@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from networks import tiny_swinir
 from shapes import DEVICES, UNIT, randn, triton_only
-from swin_blocks import Block, Kind, to
+from swin_blocks import Block, Kind
 
 import compsrt
 from compsrt import kernels
@@ -23,6 +23,7 @@ from compsrt.kernels.dispatch import tl, triton
 from compsrt.kernels.reference import FoldedBlock
 from compsrt.kernels.reference import folded as folded_blocks
 from compsrt.kernels.reference.folded import HALF_UNITS
+from compsrt.kernels.reference.folding import moved
 from compsrt.quantization import QuantSpec
 
 on_each_device = pytest.mark.parametrize("device", DEVICES)
@@ -30,7 +31,7 @@ on_each_device = pytest.mark.parametrize("device", DEVICES)
 
 def run(x: torch.Tensor, folded: FoldedBlock, device: str = "cpu") -> torch.Tensor:
     with triton_only():
-        return kernels.quant_swin_block(x.to(device), to(folded, device)).cpu()
+        return kernels.quant_swin_block(x.to(device), moved(folded, torch.device(device))).cpu()
 
 
 def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -407,7 +408,7 @@ def test_operator(device):
     block = Block(Kind(8, 1, 4, 8))
     x = block.tokens(1, 4, 4).float().to(device)
     for options in (("fold",), ("fold", torch.float16), ("integer",)):
-        arguments = folded_blocks.flatten(to(block.folded(*options), device))
+        arguments = folded_blocks.flatten(moved(block.folded(*options), torch.device(device)))
         torch.library.opcheck(swin_block._quant_swin_block, (x, *arguments))
 
 
@@ -431,7 +432,7 @@ def test_which_path_runs(device, size, monkeypatch):
     """What the kernel does not hold is composed of products; all else it does alone."""
     block = Block(Kind(size, 2, size // 2, 16))
     x = block.tokens(1, 4, 4).float().to(device)
-    folded = to(block.folded(), device)
+    folded = moved(block.folded(), torch.device(device))
     ran = []
     monkeypatch.setenv("COMPSRT_KERNELS", "triton")
     monkeypatch.setattr(reference, "quant_swin_block", lambda x, folded: ran.append(x))
@@ -478,7 +479,7 @@ def test_more_than_a_launch_can_count(device, shape):
     block = Block(Kind())
     x = torch.zeros(1, device=device).expand(*shape, 12)
     with triton_only(), pytest.raises(ValueError, match=r"x: no kernel for .*; split it below 2"):
-        kernels.quant_swin_block(x, to(block.folded(), device))
+        kernels.quant_swin_block(x, moved(block.folded(), torch.device(device)))
 
 
 # --- Errors --------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def capability(device: torch.device) -> int | None:
 @torch.compiler.assume_constant_result
 def runs_kernels(device: torch.device) -> bool:
     """Whether a CUDA device can run the kernels, and as what they are written for."""
-    return (capability(device) or LEAST_CAPABILITY) >= LEAST_CAPABILITY and _launches(device)
+    return _runs_kernels(device)
 
 
 @triton.jit
@@ -102,8 +102,10 @@ def _nothing_kernel():
 
 
 @functools.lru_cache(maxsize=32)
-def _launches(device: torch.device) -> bool:
-    """Whether Triton can compile and launch on a CUDA device; if not, a warning says why."""
+def _runs_kernels(device: torch.device) -> bool:
+    """Asked once a device; where Triton cannot compile or launch, a warning says why."""
+    if (capability(device) or LEAST_CAPABILITY) < LEAST_CAPABILITY:
+        return False
     try:
         with torch.cuda.device(device):
             _nothing_kernel[(1,)]()

@@ -172,10 +172,10 @@ def fold_block(
     if len(qkv) != 3 or len(grids) != 4:
         raise ValueError("qkv, grids: pass three layers and four grids")
     device = table.device
-    qkv, proj, fc1, fc2, table, grids, norms = _moved(
+    qkv, proj, fc1, fc2, table, grids, norms = moved(
         (qkv, proj, fc1, fc2, table, grids, norms), torch.device("cpu")
     )
-    rotation, head_rotation, value_rotation, token_rotation = _moved(
+    rotation, head_rotation, value_rotation, token_rotation = moved(
         (rotation, head_rotation, value_rotation, token_rotation), torch.device("cpu")
     )
     size, tokens = len(norms[0].weight), window * window
@@ -272,15 +272,15 @@ def fold_block(
         bits=tuple(s.bits for s in (*inputs, *sites, *last)),
         ranges=tuple((int(s.low.min()), int(s.high.max())) for s in (*inputs, *sites, *last)),
     )
-    return _moved(stored(block, dtype), device)
+    return moved(stored(block, dtype), device)
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
     """Tensors, in tuples and lists of any depth, on a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, list | tuple):
-        parts = [_moved(part, device) for part in value]
+        parts = [moved(part, device) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 
